@@ -1,0 +1,1 @@
+"""From a text specification to batches of MLP activations: `text`, then `tokens`, then `activations`."""

@@ -1,0 +1,104 @@
+"""The row that `mxd evaluate --json` prints for each student."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self, get_args
+
+from mxd.runs.atomic import JSON
+
+TOGETHER = "together"
+"""The kind of the row for all students of a run replaced at once; what belongs to one layer is null there."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluationRow:
+    """How faithful one student is to the MLP that it replaces. Losses are in nats a token."""
+
+    id: str
+    """The student's name in its run, such as `mxd-k32`."""
+    model: str
+    """The language model's id or folder."""
+    layer: int | None
+    """Number of the block whose MLP is replaced."""
+    kind: str
+    """Kind of sparse layer, or `together`."""
+    k: int | None
+    """Number of latents active on each token, at most."""
+    num_latents: int | None
+    """Number of latents; for a mixture of decoders, of experts."""
+    d_hidden: int | None
+    """Width of the dense branch; null for kinds that have none."""
+    activation: str | None
+    """Activation of the dense branch; null for kinds that have none."""
+    init: str | None
+    """How the weights were initialised."""
+    seed: int | None
+    """Seed of the weights."""
+    parameters: int | None
+    """Number of parameters of the sparse layer."""
+    flops_per_token: int | None
+    """Floating-point operations of one forward pass, a multiplication and an addition counted as two."""
+    tokens_trained: int | None
+    """Number of tokens trained on."""
+    tokens_evaluated: int
+    """Number of tokens behind the measurements of this row."""
+    l0: float | None
+    """Mean number of latents active on a token."""
+    nmse: float | None
+    """Σ‖y−t‖² / Σ‖t‖²."""
+    fvu: float | None
+    """Σ‖y−t‖² / Σ‖t−t̄‖²."""
+    ce_base: float
+    """Cross-entropy of the original model."""
+    ce: float
+    """Cross-entropy of the model with the student in place."""
+    ce_increase: float
+    """`ce` − `ce_base`; negative where the replaced model predicts better."""
+    ce_zero: float
+    """Cross-entropy of the model with the MLP's output set to zero."""
+    loss_recovered: float
+    """(`ce_zero` − `ce`) / (`ce_zero` − `ce_base`)."""
+    kl: float
+    """Mean KL(original ‖ replaced)."""
+    dead_fraction: float | None
+    """Share of the latents that fired on none of the evaluated tokens."""
+    specialisation: float | None
+    """Share of the prediction's variance that needs experts of different direction; null for kinds without a
+    dense branch."""
+
+    def to_json(self) -> dict[str, JSON]:
+        """Return the row as JSON writes it, with null for what is not finite."""
+        return {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in dataclasses.asdict(self).items()
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, JSON]) -> Self:
+        """Return the row that `to_json` wrote; null where a number is always defined becomes NaN.
+
+        Keys that this version does not know are left out.
+
+        Raises:
+            ValueError: If a key is missing or its value has another type.
+        """
+        missing = [field.name for field in dataclasses.fields(cls) if field.name not in value]
+        if missing:
+            raise ValueError(f"A row must have the keys of `mxd evaluate --json`; {', '.join(missing)} missing.")
+        arguments: dict[str, Any] = {
+            field.name: _read(field.name, field.type, value[field.name]) for field in dataclasses.fields(cls)
+        }
+        return cls(**arguments)
+
+
+def _read(name: str, kind: object, value: JSON) -> JSON:
+    allowed = get_args(kind) or (kind,)
+    if value is None and float in allowed and type(None) not in allowed:
+        return math.nan
+    if type(value) is int and float in allowed:
+        return float(value)
+    if type(value) not in allowed:
+        raise ValueError(f"{name!r} of a row must be {kind}; got {value!r}.")
+    return value

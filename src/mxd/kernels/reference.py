@@ -1,0 +1,23 @@
+"""What the kernels compute, stated as plainly as possible; dense, and meant for float64.
+
+Every fast path is tested against these lines, values and gradients.
+"""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+def route(
+    x: Float[Tensor, "tokens d_in"], weight: Float[Tensor, "d_in n"], bias: Float[Tensor, " n"], k: int
+) -> tuple[Float[Tensor, "tokens k"], Int[Tensor, "tokens k"]]:
+    """Return the `k` largest entries of `x @ weight + bias` in each row, rectified, and where they stand."""
+    values, indices = torch.topk(x @ weight + bias, k, dim=-1)
+    return values.relu(), indices
+
+
+def mix(
+    values: Float[Tensor, "tokens k"], indices: Int[Tensor, "tokens k"], table: Float[Tensor, "n d"]
+) -> Float[Tensor, "tokens d"]:
+    """Return the sum of the named table rows, each times its value."""
+    return torch.einsum("tk,tkd->td", values, table[indices])

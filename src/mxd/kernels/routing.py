@@ -1,0 +1,71 @@
+"""Selection: score all latents, keep the `k` largest of each token, forget the rest."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from mxd.kernels.tables import row_sums, weighted_rows
+
+BLOCK_SCORES = 2**24
+"""Scores that are held at one time: the product is taken in blocks of rows, and each block is selected from at once."""
+
+
+def route(
+    x: Float[Tensor, "*batch d_in"], weight: Float[Tensor, "d_in n"], bias: Float[Tensor, " n"], k: int
+) -> tuple[Float[Tensor, "*batch k"], Int[Tensor, "*batch k"]]:
+    """Return the `k` largest entries of `x @ weight + bias` in each row, rectified, and where they stand.
+
+    Only the kept entries are saved for the backward pass, and the gradients are sums over them: there is no second
+    dense product. `weight` is read by columns, so a weight whose columns are contiguous in memory (the transpose of
+    a contiguous table) is fastest. Under autocast the product runs in autocast's type; values are float32 there.
+
+    Raises:
+        ValueError: If `k` does not lie in `[1, n]`.
+    """
+    if not 1 <= k <= weight.shape[1]:
+        raise ValueError(f"k must lie in [1, {weight.shape[1]}], the number of latents; got {k}.")
+    values, indices = _Route.apply(x.flatten(0, -2), weight, bias, k)  # pyright: ignore[reportGeneralTypeIssues]
+    return values.unflatten(0, x.shape[:-1]), indices.unflatten(0, x.shape[:-1])
+
+
+class _Route(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        values, indices = x.new_empty(len(x), k), torch.empty(len(x), k, dtype=torch.long, device=x.device)
+        product_weight, product_bias, product_x = (_for_product(tensor) for tensor in (weight, bias, x))
+        block = max(1, BLOCK_SCORES // weight.shape[1])
+        for start in range(0, len(x), block):
+            rows = slice(start, start + block)
+            scores = torch.addmm(product_bias, product_x[rows], product_weight)
+            kept = torch.topk(scores, k, dim=-1, sorted=False)
+            values[rows] = kept.values.relu_()
+            indices[rows] = kept.indices
+        ctx.mark_non_differentiable(indices)
+        ctx.save_for_backward(x, weight, values, indices)
+        return values, indices
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride] # once_differentiable hides the names
+        ctx: Any, *gradients: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        x, weight, values, indices = ctx.saved_tensors
+        wants = ctx.needs_input_grad
+        kept = torch.where(values > 0, gradients[0], 0)
+        num_latents = weight.shape[1]
+        bias_gradient = kept.new_zeros(num_latents).index_add_(0, indices.flatten(), kept.flatten())
+        return (
+            weighted_rows(kept, indices, weight.t()).to(x.dtype) if wants[0] else None,
+            row_sums(kept, indices, x, num_latents).t() if wants[1] else None,
+            bias_gradient if wants[2] else None,
+            None,
+        )
+
+
+def _for_product(tensor: Tensor) -> Tensor:
+    """Cast once what autocast would cast again for every block of rows."""
+    kind = tensor.device.type
+    return tensor.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else tensor

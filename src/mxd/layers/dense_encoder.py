@@ -1,0 +1,75 @@
+"""The dense hidden units of a mixture of decoders: what the original MLP has, and stays dense here."""
+
+from typing import Literal, get_args
+
+from jaxtyping import Float
+from torch import Generator, Tensor, nn
+
+from mxd.layers.activations import Activation, activation_function
+from mxd.layers.initialization import uniform, zeros
+from mxd.layers.sparse_layer import LinearMap
+
+Encoder = Literal["mlp", "glu"]
+"""Which dense encoder: one branch, or two of which the activated one gates the other."""
+
+
+class MlpEncoder(nn.Module):
+    r"""Hidden units $z = \phi(E^\top x + b_E)$."""
+
+    W_enc: Float[nn.Parameter, "d_in d_hidden"]
+    b_enc: Float[nn.Parameter, " d_hidden"]
+
+    def __init__(self, d_in: int, d_hidden: int, activation: Activation, generator: Generator | None):
+        super().__init__()
+        self.activation = activation_function(activation)
+        self.W_enc = uniform(d_in, d_hidden, bound=d_in**-0.5, generator=generator)
+        self.b_enc = zeros(d_hidden)
+
+    def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_hidden"]:
+        """Return the hidden units."""
+        return self.activation(x @ self.W_enc + self.b_enc)
+
+    def input_maps(self) -> tuple[LinearMap, ...]:
+        """Return the one branch."""
+        return (LinearMap(self.W_enc, self.b_enc),)
+
+
+class GluEncoder(nn.Module):
+    r"""Hidden units $z = \psi(E_g^\top x + b_g) \circ (E^\top x + b_E)$."""
+
+    W_enc_gate: Float[nn.Parameter, "d_in d_hidden"]
+    b_enc_gate: Float[nn.Parameter, " d_hidden"]
+    W_enc: Float[nn.Parameter, "d_in d_hidden"]
+    b_enc: Float[nn.Parameter, " d_hidden"]
+
+    def __init__(self, d_in: int, d_hidden: int, activation: Activation, generator: Generator | None):
+        super().__init__()
+        self.activation = activation_function(activation)
+        self.W_enc_gate = uniform(d_in, d_hidden, bound=d_in**-0.5, generator=generator)
+        self.b_enc_gate = zeros(d_hidden)
+        self.W_enc = uniform(d_in, d_hidden, bound=d_in**-0.5, generator=generator)
+        self.b_enc = uniform(d_hidden, bound=d_in**-0.5, generator=generator)
+
+    def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_hidden"]:
+        """Return the hidden units."""
+        return self.activation(x @ self.W_enc_gate + self.b_enc_gate) * (x @ self.W_enc + self.b_enc)
+
+    def input_maps(self) -> tuple[LinearMap, ...]:
+        """Return both branches."""
+        return LinearMap(self.W_enc_gate, self.b_enc_gate), LinearMap(self.W_enc, self.b_enc)
+
+
+ENCODERS: dict[str, type[MlpEncoder] | type[GluEncoder]] = {"mlp": MlpEncoder, "glu": GluEncoder}
+
+
+def dense_encoder(
+    encoder: str, d_in: int, d_hidden: int, activation: Activation, generator: Generator | None
+) -> MlpEncoder | GluEncoder:
+    """Return the dense encoder of this name, freshly initialised (papers.md 1.2: uniform, bound 1/√d_in).
+
+    Raises:
+        ValueError: If there is no such encoder.
+    """
+    if encoder not in ENCODERS:
+        raise ValueError(f"encoder must be one of {', '.join(get_args(Encoder))}; got {encoder!r}.")
+    return ENCODERS[encoder](d_in, d_hidden, activation, generator)

@@ -1,0 +1,132 @@
+"""The one contract that every sparse layer fulfils."""
+
+from abc import ABC, abstractmethod
+from typing import ClassVar, Literal, NamedTuple, Protocol
+
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from mxd.kernels import route
+from mxd.layers.selection import SparseCode
+
+
+class SparseLayerOutput(NamedTuple):
+    """What a sparse layer returns: its prediction and the code that made it."""
+
+    prediction: Float[Tensor, "*batch d_out"]
+    """The layer's stand-in for the MLP's output."""
+    code: SparseCode
+    """The active latents."""
+
+
+class LinearMap(NamedTuple):
+    """A weight and a bias, used as `x @ weight + bias`."""
+
+    weight: Float[Tensor, "d_in d_map"]
+    """The map's matrix."""
+    bias: Float[Tensor, " d_map"]
+    """The map's offset."""
+
+
+class SparseLayerConfig(Protocol):
+    """What every layer's configuration says."""
+
+    @property
+    def d_in(self) -> int:
+        """Width of the input."""
+        ...
+
+    @property
+    def d_out(self) -> int:
+        """Width of the output."""
+        ...
+
+    @property
+    def num_latents(self) -> int:
+        """Size of the code."""
+        ...
+
+    @property
+    def k(self) -> int:
+        """Number of latents active for each input, at most."""
+        ...
+
+
+class SparseLayer(nn.Module, ABC):
+    r"""An affine function of its code, given its input.
+
+    $$y(x) = \mathrm{base}(x) + \sum_j v_j \, \mathrm{atom}(x, i_j), \qquad (v, i) = \mathrm{encode}(x)$$
+
+    Steering is `layer.decode(x, edit(layer.encode(x)))`; ablation, attribution and the meaning of a latent
+    are written against `base` and `atoms` and so serve every kind of layer.
+    """
+
+    kind: ClassVar[str]
+    """The layer's name in configurations and on the command line."""
+    reads: ClassVar[Literal["input", "output"]] = "input"
+    """Whether x is the MLP's input or its output (then the layer stands behind an MLP that stays)."""
+    config: SparseLayerConfig
+
+    @property
+    @abstractmethod
+    def scorer(self) -> LinearMap:
+        """The map from the encoder's input to the latents' scores."""
+
+    def scorer_input(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
+        """Return what the scorer is applied to: x itself for most kinds."""
+        return x
+
+    def pre_activations(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch num_latents"]:
+        """Return the scores of all latents, dense: for small layers and for tests."""
+        return self.scorer_input(x) @ self.scorer.weight + self.scorer.bias
+
+    def encode(self, x: Float[Tensor, "*batch d_in"]) -> SparseCode:
+        """Return the active latents of each input: the `k` largest scores, rectified and not renormalised."""
+        return SparseCode(*route(self.scorer_input(x), *self.scorer, self.config.k))
+
+    def encode_among(self, x: Float[Tensor, "*batch d_in"], latents: Int[Tensor, " chosen"], k: int) -> SparseCode:
+        """Return the code of the `k` latents with the largest scores among these, whatever the others score."""
+        columns = self.scorer.weight.t().index_select(0, latents).t()
+        values, places = route(self.scorer_input(x), columns, self.scorer.bias.index_select(0, latents), k)
+        return SparseCode(values, latents[places])
+
+    @abstractmethod
+    def decode(self, x: Float[Tensor, "*batch d_in"], code: SparseCode) -> Float[Tensor, "*batch d_out"]:
+        """Return the prediction that this code makes for this input; the code need not be the input's own."""
+
+    @abstractmethod
+    def base(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
+        """Return the prediction of an empty code."""
+
+    @abstractmethod
+    def atoms(
+        self, x: Float[Tensor, "*batch d_in"], indices: Int[Tensor, "*batch k"]
+    ) -> Float[Tensor, "*batch k d_out"]:
+        """Return what each of these latents adds to the prediction per unit of its value."""
+
+    def forward(self, x: Float[Tensor, "*batch d_in"]) -> SparseLayerOutput:
+        """Return the prediction and the code that made it."""
+        code = self.encode(x)
+        return SparseLayerOutput(self.decode(x, code), code)
+
+    def unit_length_tables(self) -> tuple[nn.Parameter, ...]:
+        """Return the tables whose rows training keeps at unit length: none for most kinds."""
+        return ()
+
+    @abstractmethod
+    def input_maps(self) -> tuple[LinearMap, ...]:
+        """Return every map that the layer applies to its input, so that a change of input can be folded into them."""
+
+
+def require_sizes(config: SparseLayerConfig, **widths: int) -> None:
+    """Check a configuration's sizes.
+
+    Raises:
+        ValueError: If a width is not positive or `k` does not lie in `[1, num_latents]`.
+    """
+    widths |= {"d_in": config.d_in, "d_out": config.d_out, "num_latents": config.num_latents}
+    for name, width in widths.items():
+        if width < 1:
+            raise ValueError(f"{name} must be at least 1; got {width}.")
+    if not 1 <= config.k <= config.num_latents:
+        raise ValueError(f"k must lie in [1, {config.num_latents}], the number of latents; got {config.k}.")

@@ -1,0 +1,72 @@
+"""How good a prediction is: tensors in, scalars out."""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+class ErrorSums(NamedTuple):
+    """The sums from which reconstruction errors are made; sums of batches add up to those of all tokens."""
+
+    tokens: int
+    """Number of tokens summed over."""
+    error: float
+    """Sum of ‖y − t‖²."""
+    square: float
+    """Sum of ‖t‖²."""
+    target: Float[Tensor, " d_out"]
+    """Sum of t, in float64."""
+
+    def __add__(self, other: "ErrorSums") -> "ErrorSums":  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Return the sums over both sets of tokens."""
+        return ErrorSums(
+            self.tokens + other.tokens,
+            self.error + other.error,
+            self.square + other.square,
+            self.target + other.target,
+        )
+
+    @property
+    def nmse(self) -> float:
+        """Normalised mean squared error: Σ‖y−t‖² / Σ‖t‖²."""
+        return self.error / self.square
+
+    @property
+    def fvu(self) -> float:
+        """Fraction of variance unexplained: Σ‖y−t‖² / Σ‖t−t̄‖²."""
+        return self.error / (self.square - float(self.target.square().sum()) / self.tokens)
+
+
+def error_sums(prediction: Float[Tensor, "tokens d_out"], target: Float[Tensor, "tokens d_out"]) -> ErrorSums:
+    """Return one batch's sums, accumulated in float64."""
+    target = target.double()
+    return ErrorSums(
+        len(target),
+        float((prediction.double() - target).square().sum()),
+        float(target.square().sum()),
+        target.sum(dim=0),
+    )
+
+
+def next_token_losses(
+    logits: Float[Tensor, "batch seq vocab"], tokens: torch.Tensor
+) -> Float[Tensor, "batch positions"]:
+    """Return the cross-entropy of each next token, in nats: one position fewer than there are tokens."""
+    return torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none"
+    ).unflatten(0, (len(tokens), -1))
+
+
+def kl_divergence(
+    reference: Float[Tensor, "batch seq vocab"], logits: Float[Tensor, "batch seq vocab"]
+) -> Float[Tensor, "batch seq"]:
+    """Return KL(reference ‖ logits) of each position's next-token distributions, in nats, never below zero."""
+    log_p, log_q = reference.float().log_softmax(-1), logits.float().log_softmax(-1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1).clamp_min(0)
+
+
+def loss_recovered(ce: float, ce_base: float, ce_zero: float) -> float:
+    """Return the share of zero ablation's damage that a replacement avoids: (CE_zero − CE) / (CE_zero − CE_base)."""
+    return (ce_zero - ce) / (ce_zero - ce_base)

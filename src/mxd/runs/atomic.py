@@ -1,0 +1,88 @@
+"""Files that are either the old or the new content, never half of it, whenever the process dies."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TypeAlias
+
+JSON: TypeAlias = None | bool | int | float | str | Sequence[object] | Mapping[str, object]
+"""A value that JSON can hold; nested values are checked when they are written."""
+
+
+def json_text(value: JSON) -> str:
+    """The value as indented JSON in the order of its keys, for files that people read.
+
+    Raises:
+        ValueError: If a number is NaN or infinite, which JSON cannot hold.
+        TypeError: If a value, however deep, is no JSON value.
+    """
+    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def canonical_json(value: JSON) -> str:
+    """The value as JSON without spaces and with sorted keys, the same for equal values: for checksums.
+
+    Raises:
+        ValueError: If a number is NaN or infinite, which JSON cannot hold.
+        TypeError: If a value, however deep, is no JSON value.
+    """
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+
+
+def write_bytes_atomically(path: Path, content: bytes) -> None:
+    """Write a file such that a reader finds the whole old or the whole new content, also after a power cut.
+
+    The content goes to `.<name>.partial` beside the file, reaches the disk, and is renamed into
+    place. One process at a time may write a given file; the folder must exist.
+
+    Raises:
+        OSError: If it cannot be written (disk full, no permission); the old content is then untouched.
+    """
+    partial = partial_path(path)
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """Write a UTF-8 text file as `write_bytes_atomically` does."""
+    write_bytes_atomically(path, text.encode("utf-8"))
+
+
+def write_json_atomically(path: Path, value: JSON) -> None:
+    """Write an indented JSON file as `write_bytes_atomically` does.
+
+    Raises:
+        ValueError: If a number is NaN or infinite, which JSON cannot hold.
+        TypeError: If a value, however deep, is no JSON value.
+    """
+    write_text_atomically(path, json_text(value))
+
+
+def partial_path(path: Path) -> Path:
+    """Where a file or folder stands while it is being written: hidden, beside its final place."""
+    return path.with_name(f".{path.name}.partial")
+
+
+def sync_file(path: Path) -> None:
+    """Wait until the file's content is on the disk."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the folder's entries (new names, renames) are on the disk, where the system can do that."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

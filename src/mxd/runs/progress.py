@@ -1,0 +1,197 @@
+"""What a training run shows while it runs, on stderr: a bar and a table in a terminal, plain lines elsewhere."""
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
+from types import TracebackType
+from typing import Self, TypeAlias
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+Metrics: TypeAlias = Mapping[str, Mapping[str, int | float | None]]
+"""Student id -> metric -> value."""
+
+REFRESH_SECONDS = 0.1
+LINE_SECONDS = 10.0
+SMOOTHING_SECONDS = 30.0
+"""How far back the shown speed looks."""
+MOST_STUDENTS = 12
+
+
+class SmoothedRate:
+    """Tokens per second with exponentially fading memory.
+
+    It is the ratio of two sums with the same weights, so that steps of unequal length count by their
+    length and the first values are plain averages.
+    """
+
+    def __init__(self, tokens: int, seconds: float) -> None:
+        self._last_tokens, self._last_seconds = tokens, seconds
+        self._tokens, self._seconds = 0.0, 0.0
+
+    def add(self, tokens: int, seconds: float) -> None:
+        """Take the tokens done in all by now, and the clock's time."""
+        elapsed = seconds - self._last_seconds
+        fade = math.exp(-elapsed / SMOOTHING_SECONDS)
+        self._tokens = fade * self._tokens + tokens - self._last_tokens
+        self._seconds = fade * self._seconds + elapsed
+        self._last_tokens, self._last_seconds = tokens, seconds
+
+    @property
+    def value(self) -> float:
+        """Tokens per second; 0 before anything was done."""
+        return max(self._tokens / self._seconds, 0.0) if self._seconds > 0 else 0.0
+
+
+class TrainingProgress:
+    """Shows how far training is and how good each student is; a context manager.
+
+    In a terminal it redraws at most ten times a second, from `update` alone (no thread). Elsewhere it
+    writes a line at the first update, about every ten seconds, and at the end.
+
+    Args:
+        total_tokens: Tokens at which training ends.
+        student_ids: In the order in which they are shown; of more than twelve, the twelve with the largest fvu.
+        description: A word or two before the bar.
+        tokens_at_start: Tokens done before a resume, which count for the bar and not for the speed.
+        console: Where to write; stderr unless given.
+        clock: Seconds that only grow; tests pass their own.
+    """
+
+    def __init__(
+        self,
+        total_tokens: int,
+        student_ids: Sequence[str],
+        description: str,
+        *,
+        tokens_at_start: int = 0,
+        console: Console | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._total_tokens, self._student_ids, self._description = total_tokens, list(student_ids), description
+        self._tokens = tokens_at_start
+        self._console = console if console is not None else Console(stderr=True)
+        self._clock = clock
+        self._metrics: Metrics = {}
+        self._rate = SmoothedRate(tokens_at_start, clock())
+        self._shown_at = -math.inf
+        self._shown_tokens = -1
+        self._live: Live | None = None
+
+    def __enter__(self) -> Self:
+        self._rate = SmoothedRate(self._tokens, self._clock())
+        if self._console.is_terminal and not self._console.is_dumb_terminal:
+            # What others print to stdout is their result and must stay there.
+            self._live = Live(
+                get_renderable=self._frame, console=self._console, auto_refresh=False, redirect_stdout=False
+            )
+            self._live.start(refresh=True)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+        elif self._tokens != self._shown_tokens and self._metrics:
+            self._write_line()
+
+    def update(self, tokens_done: int, metrics: Metrics) -> None:
+        """Take the tokens done in all and the newest metrics (loss, fvu, l0, dead_fraction) of the students.
+
+        A student or metric that is missing keeps its last value.
+        """
+        now = self._clock()
+        self._tokens = tokens_done
+        self._rate.add(tokens_done, now)
+        self._metrics = {
+            student: {**self._metrics.get(student, {}), **metrics.get(student, {})} for student in self._student_ids
+        }
+        if self._live is not None and now - self._shown_at >= REFRESH_SECONDS:
+            self._shown_at = now
+            self._live.refresh()
+        elif self._live is None and now - self._shown_at >= LINE_SECONDS:
+            self._shown_at = now
+            self._write_line()
+
+    def _write_line(self) -> None:
+        self._shown_tokens = self._tokens
+        shown = self._shown_students()
+        students = [f"{student} fvu {_number(self._value(student, 'fvu'))}" for student in shown]
+        more = self._more(shown)
+        parts = [self._description, *self._facts(), ", ".join(students) + (f" {more}" if more else "")]
+        self._console.print(Text("  ".join(parts)), soft_wrap=True)
+
+    def _frame(self) -> Group:
+        bar = Table.grid(padding=(0, 1))
+        bar.add_row(
+            Text(self._description),
+            ProgressBar(total=max(self._total_tokens, 1), completed=min(self._tokens, self._total_tokens), width=24),
+            *(Text(fact, no_wrap=True) for fact in self._facts()),
+        )
+        table = Table(box=None, padding=(0, 1), pad_edge=False)
+        table.add_column("student", overflow="ellipsis", no_wrap=True)
+        for name in ("loss", "fvu", "l0", "dead"):
+            table.add_column(name, justify="right", no_wrap=True)
+        shown = self._shown_students()
+        for student in shown:
+            table.add_row(
+                Text(student),
+                *(_number(self._value(student, name)) for name in ("loss", "fvu", "l0")),
+                _share(self._value(student, "dead_fraction")),
+            )
+        more = self._more(shown)
+        return Group(bar, table, Text(more)) if more else Group(bar, table)
+
+    def _facts(self) -> list[str]:
+        rate = self._rate.value
+        done = self._tokens / self._total_tokens if self._total_tokens > 0 else 1.0
+        remaining = max(self._total_tokens - self._tokens, 0)
+        eta = str(timedelta(seconds=round(remaining / rate))) if rate > 0 else "–"
+        return [
+            f"{_count(self._tokens)}/{_count(self._total_tokens)} tokens",
+            f"{done:.1%}",
+            f"{_count(round(rate))} tokens/s",
+            f"ETA {eta}",
+        ]
+
+    def _shown_students(self) -> list[str]:
+        if len(self._student_ids) <= MOST_STUDENTS:
+            return self._student_ids
+        return sorted(self._student_ids, key=self._badness, reverse=True)[:MOST_STUDENTS]
+
+    def _badness(self, student: str) -> float:
+        fvu = self._value(student, "fvu")
+        if fvu is None:
+            return -math.inf
+        return math.inf if math.isnan(fvu) else float(fvu)
+
+    def _value(self, student: str, metric: str) -> int | float | None:
+        return self._metrics.get(student, {}).get(metric)
+
+    def _more(self, shown: Sequence[str]) -> str:
+        hidden = len(self._student_ids) - len(shown)
+        return f"… and {hidden} more" if hidden else ""
+
+
+def _number(value: int | float | None) -> str:
+    return "–" if value is None else f"{value:.4g}"
+
+
+def _share(value: int | float | None) -> str:
+    return "–" if value is None else f"{value:.1%}"
+
+
+def _count(tokens: int) -> str:
+    """A count in three digits and a unit: 950, 12.3k, 480M, 1.25B."""
+    for scale, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        # From here on the smaller unit would round to four digits.
+        if tokens >= 0.9995 * scale and tokens >= 1000:
+            return f"{tokens / scale:.3g}{unit}"
+    return str(tokens)

@@ -1,0 +1,126 @@
+"""The folder of a run: its immutable configuration and whether it has finished."""
+
+import json
+from collections.abc import Collection, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import cast
+
+from mxd.runs.atomic import JSON, json_text, partial_path, write_json_atomically
+
+CONFIGURATION_FILE = "run.json"
+FINISHED_FILE = "finished.json"
+
+
+def create_run(path: Path, configuration: Mapping[str, JSON]) -> None:
+    """Make the run's folder and write its configuration to `run.json`, once and for all.
+
+    Raises:
+        ValueError: If the folder exists and is not empty, or the configuration holds NaN or infinity.
+        TypeError: If the configuration holds something that is no JSON value.
+    """
+    json_text(configuration)
+    if is_run(path):
+        raise ValueError(f"{path} exists; pass --resume to continue it or name another --out.")
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{path} must be a folder or not exist; got a file; name another --out.")
+    configuration_file = path / CONFIGURATION_FILE
+    if path.exists() and any(entry != partial_path(configuration_file) for entry in path.iterdir()):
+        raise ValueError(f"{path} exists, is not empty and holds no {CONFIGURATION_FILE}; name another --out.")
+    path.mkdir(parents=True, exist_ok=True)
+    write_json_atomically(configuration_file, configuration)
+
+
+def is_run(path: Path) -> bool:
+    """Whether the folder holds a run, finished or not."""
+    return (path / CONFIGURATION_FILE).is_file()
+
+
+def read_configuration(path: Path) -> dict[str, JSON]:
+    """The configuration with which the run was created.
+
+    Raises:
+        ValueError: If the folder holds no run, or its `run.json` is damaged.
+    """
+    if not is_run(path):
+        raise ValueError(f"{path} must be the folder of a run; it holds no {CONFIGURATION_FILE}; check the path.")
+    try:
+        value: object = json.loads((path / CONFIGURATION_FILE).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path / CONFIGURATION_FILE} must hold JSON ({error}); restore it from a copy.") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path / CONFIGURATION_FILE} must hold a JSON object; restore it from a copy.")
+    return cast("dict[str, JSON]", value)
+
+
+def reopen_run(path: Path, configuration: Mapping[str, JSON], ignore: Collection[str] = ()) -> dict[str, JSON]:
+    """The stored configuration, after it was found equal to the one asked for; writes nothing.
+
+    Args:
+        path: The run's folder.
+        configuration: What is asked for now.
+        ignore: Dotted names of fields that may differ; a name covers all that is beneath it.
+
+    Returns:
+        What `run.json` holds, which is what the run goes on with.
+
+    Raises:
+        ValueError: If the folder holds no run, or a field differs: the message names every one.
+    """
+    stored = read_configuration(path)
+    asked = cast("dict[str, JSON]", json.loads(json_text(configuration)))
+    differing = [
+        f"{name} ({_shown(old)} → {_shown(new)})"
+        for name, old, new in _differences("", stored, asked)
+        if not any(name == ignored or name.startswith(f"{ignored}.") for ignored in ignore)
+    ]
+    if differing:
+        raise ValueError(
+            f"{path} was started with another configuration (stored → asked): {', '.join(differing)}; "
+            "ask for the stored values or name another --out."
+        )
+    return stored
+
+
+def mark_finished(path: Path, step: int) -> None:
+    """Record in `finished.json` that the run has come to its end, after how many steps and when."""
+    write_json_atomically(path / FINISHED_FILE, {"step": step, "time": datetime.now(UTC).isoformat(timespec="seconds")})
+
+
+def is_finished(path: Path) -> bool:
+    """Whether `mark_finished` was called on this run."""
+    return (path / FINISHED_FILE).is_file()
+
+
+class _Absent:
+    """Stands for a field that one of two configurations does not have."""
+
+
+def _differences(name: str, stored: object, asked: object) -> list[tuple[str, object, object]]:
+    """Dotted name, stored and asked value of each leaf in which two JSON values differ."""
+    old, new = _children(stored), _children(asked)
+    same_kind = type(stored) is type(asked)
+    if old is None or new is None or not same_kind:
+        # JSON's true equals Python's 1, while 1 and 1.0 are the same number.
+        same = stored == asked and isinstance(stored, bool) == isinstance(asked, bool)
+        return [] if same else [(name, stored, asked)]
+    found: list[tuple[str, object, object]] = []
+    for key in [*old, *(key for key in new if key not in old)]:
+        dotted = f"{name}.{key}" if name else key
+        found += _differences(dotted, old.get(key, _Absent()), new.get(key, _Absent()))
+    return found
+
+
+def _children(value: object) -> dict[str, object] | None:
+    if isinstance(value, dict):
+        return cast("dict[str, object]", value)
+    if isinstance(value, list):
+        return {str(index): child for index, child in enumerate(cast("list[object]", value))}
+    return None
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, _Absent):
+        return "absent"
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}..."
