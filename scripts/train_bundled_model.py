@@ -24,7 +24,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from mxd.data.holdout import is_held_out
-from mxd.data.stdlib import Module, stdlib_modules, stdlib_test_modules
+from mxd.data.stdlib import TEST_FOLDERS, Module, stdlib_modules, stdlib_test_modules
 
 END_OF_TEXT = "<|endoftext|>"
 VOCABULARY = 4096
@@ -34,12 +34,15 @@ WARMUP_STEPS = 200
 DECAY_SHARE = 0.35
 PEAK_RATE = 3e-3
 SEED = 0
+TOKENS = 36e6
+TWICE_FROM_EPOCH = 2
+"""Epoch from which library modules come twice an epoch: tests are two thirds of the text and read differently."""
 SHARED_LINES = 0.2
 """A training document more of whose long lines than this stand in held-out modules is left out."""
 
 
 def training_and_held_out() -> tuple[list[Module], list[Module], list[str]]:
-    """Return the documents to train on, the held-out ones, and the paths left out as near copies of those."""
+    """Return the documents to train on (modules before tests), the held-out ones, and the paths left out as copies."""
     modules = list(stdlib_modules())
     held_out = [module for module in modules if is_held_out(module.path)]
     candidates = [module for module in modules if not is_held_out(module.path)] + list(stdlib_test_modules())
@@ -55,6 +58,11 @@ def training_and_held_out() -> tuple[list[Module], list[Module], list[str]]:
             training.append(module)
             seen.add(digest)
     return training, held_out, copies
+
+
+def is_test(path: str) -> bool:
+    """Whether a module is one of the library's own tests."""
+    return not TEST_FOLDERS.isdisjoint(path.split("/")[:-1])
 
 
 def _long_lines(source: str) -> list[str]:
@@ -102,9 +110,14 @@ def new_model() -> GPT2LMHeadModel:
     return GPT2LMHeadModel(config)
 
 
-def epoch_windows(documents: list[list[int]], epoch: int) -> torch.Tensor:
-    """Return one epoch's contexts: documents shuffled and joined, cut into windows that begin with end-of-text."""
+def epoch_windows(documents: list[list[int]], num_modules: int, epoch: int) -> torch.Tensor:
+    """Return one epoch's contexts: documents shuffled and joined, cut into windows that begin with end-of-text.
+
+    The first `num_modules` documents are the library's modules, the others its tests.
+    """
     order = np.random.default_rng([SEED, epoch])
+    if epoch >= TWICE_FROM_EPOCH:
+        documents = documents[:num_modules] + documents
     stream = np.concatenate([np.array([*documents[n], 0]) for n in order.permutation(len(documents))])
     stream = stream[order.integers(CONTEXT - 1) :]
     windows = stream[: len(stream) // (CONTEXT - 1) * (CONTEXT - 1)].reshape(-1, CONTEXT - 1)
@@ -190,7 +203,7 @@ def export(folder: Path, model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerF
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--tokens", type=float, default=45e6)
+    parser.add_argument("--tokens", type=float, default=TOKENS)
     parser.add_argument("--stop-after", type=int, default=None, help="stop early, for trying settings")
     parser.add_argument("--resume", action="store_true")
     args = parser.parse_args()
@@ -202,6 +215,7 @@ def main() -> None:
     training, held_out, copies = training_and_held_out()
     tokenizer = train_tokenizer([module.source for module in training])
     encode = tokenizer.backend_tokenizer.encode_batch
+    num_modules = sum(not is_test(module.path) for module in training)
     documents = [encoding.ids for encoding in encode([module.source for module in training])]
     held_out_ids = [encoding.ids for encoding in encode([module.source for module in held_out])]
     held_out_bytes = sum(len(module.source.encode()) for module in held_out)
@@ -212,11 +226,11 @@ def main() -> None:
     model = new_model()
     optims = optimizers(model)
     first = load_snapshot(args.out, model, optims) if args.resume else 0
-    started, windows, epoch, epoch_first = time.perf_counter(), epoch_windows(documents, 0), 0, 0
+    started, windows, epoch, epoch_first = time.perf_counter(), epoch_windows(documents, num_modules, 0), 0, 0
     for step in range(steps):
         while (step - epoch_first + 1) * BATCH > len(windows):
             epoch, epoch_first = epoch + 1, step
-            windows = epoch_windows(documents, epoch)
+            windows = epoch_windows(documents, num_modules, epoch)
         if step < first:
             continue
         batch = windows[(step - epoch_first) * BATCH :][:BATCH]
@@ -250,6 +264,7 @@ def main() -> None:
         "held_out_bytes": held_out_bytes,
         "left_out_as_copies": copies,
         "training_documents": len(documents),
+        "training_modules": num_modules,
         "epoch_tokens": epoch_tokens,
         "steps": steps,
         "tokens": steps * BATCH * CONTEXT,

@@ -1,1 +1,40 @@
 """Decompose the MLP layers of pretrained language models into sparse layers that can replace the originals."""
+
+from mxd.checkpoint import load_layer as load
+from mxd.checkpoint import save_layer as save
+from mxd.layers import (
+    LAYERS,
+    MixtureOfDecoders,
+    MixtureOfDecodersConfig,
+    SkipTranscoder,
+    SkipTranscoderConfig,
+    SparseCode,
+    SparseLayer,
+    TopKAutoencoder,
+    TopKAutoencoderConfig,
+    Transcoder,
+    TranscoderConfig,
+)
+from mxd.models import ablate_mlp, capture_mlp, find_mlp, load_language_model, mlp_pairs, replace_mlp
+
+__all__ = [
+    "LAYERS",
+    "MixtureOfDecoders",
+    "MixtureOfDecodersConfig",
+    "SkipTranscoder",
+    "SkipTranscoderConfig",
+    "SparseCode",
+    "SparseLayer",
+    "TopKAutoencoder",
+    "TopKAutoencoderConfig",
+    "Transcoder",
+    "TranscoderConfig",
+    "ablate_mlp",
+    "capture_mlp",
+    "find_mlp",
+    "load",
+    "load_language_model",
+    "mlp_pairs",
+    "replace_mlp",
+    "save",
+]

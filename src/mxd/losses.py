@@ -13,10 +13,10 @@ def distillation_loss(
     $$L = \frac{1}{BO} \sum_{b,o} \frac{(y_{bo} - t_{bo})^2}{\lVert t_b \rVert_2}$$
 
     The length is not squared, as in the paper's released code (papers.md 1.3; its constant −1 is left out), so that
-    a token counts in proportion to its target's length. A target of zeros counts as one of the smallest positive
-    length.
+    a token counts in proportion to its target's length. A target of zeros counts as one of the type's rounding
+    unit (1.2e-7 in float32), so that the loss stays finite.
     """
-    length = torch.linalg.vector_norm(target, dim=-1, keepdim=True).clamp_min(torch.finfo(target.dtype).tiny)
+    length = torch.linalg.vector_norm(target, dim=-1, keepdim=True).clamp_min(torch.finfo(target.dtype).eps)
     return ((prediction - target).square() / length).mean()
 
 

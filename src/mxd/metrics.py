@@ -1,9 +1,10 @@
 """How good a prediction is: tensors in, scalars out."""
 
+import math
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 
@@ -30,28 +31,28 @@ class ErrorSums(NamedTuple):
 
     @property
     def nmse(self) -> float:
-        """Normalised mean squared error: Σ‖y−t‖² / Σ‖t‖²."""
-        return self.error / self.square
+        """Normalised mean squared error: Σ‖y−t‖² / Σ‖t‖²; NaN where all targets are zero."""
+        return _ratio(self.error, self.square)
 
     @property
     def fvu(self) -> float:
-        """Fraction of variance unexplained: Σ‖y−t‖² / Σ‖t−t̄‖²."""
-        return self.error / (self.square - float(self.target.square().sum()) / self.tokens)
+        """Fraction of variance unexplained: Σ‖y−t‖² / Σ‖t−t̄‖²; NaN where the targets do not vary."""
+        return _ratio(self.error, self.square - _ratio(float(self.target.square().sum()), self.tokens))
 
 
 def error_sums(prediction: Float[Tensor, "tokens d_out"], target: Float[Tensor, "tokens d_out"]) -> ErrorSums:
     """Return one batch's sums, accumulated in float64."""
-    target = target.double()
+    target = target.detach().double()
     return ErrorSums(
         len(target),
-        float((prediction.double() - target).square().sum()),
+        float((prediction.detach().double() - target).square().sum()),
         float(target.square().sum()),
         target.sum(dim=0),
     )
 
 
 def next_token_losses(
-    logits: Float[Tensor, "batch seq vocab"], tokens: torch.Tensor
+    logits: Float[Tensor, "batch seq vocab"], tokens: Int[Tensor, "batch seq"]
 ) -> Float[Tensor, "batch positions"]:
     """Return the cross-entropy of each next token, in nats: one position fewer than there are tokens."""
     return torch.nn.functional.cross_entropy(
@@ -68,5 +69,12 @@ def kl_divergence(
 
 
 def loss_recovered(ce: float, ce_base: float, ce_zero: float) -> float:
-    """Return the share of zero ablation's damage that a replacement avoids: (CE_zero − CE) / (CE_zero − CE_base)."""
-    return (ce_zero - ce) / (ce_zero - ce_base)
+    """Return the share of zero ablation's damage that a replacement avoids: (CE_zero − CE) / (CE_zero − CE_base).
+
+    It is NaN where zero ablation does no damage.
+    """
+    return _ratio(ce_zero - ce, ce_zero - ce_base)
+
+
+def _ratio(numerator: float, denominator: float) -> float:
+    return numerator / denominator if denominator else math.nan

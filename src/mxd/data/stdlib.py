@@ -5,9 +5,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-LEFT_OUT_FOLDERS = frozenset(
-    {"test", "tests", "idle_test", "encodings", "pydoc_data", "lib2to3", "site-packages", "dist-packages"}
-)
+TEST_FOLDERS = frozenset({"test", "tests", "idle_test"})
+"""Folders that hold the library's own tests."""
+
+LEFT_OUT_FOLDERS = TEST_FOLDERS | {"encodings", "pydoc_data", "lib2to3", "site-packages", "dist-packages"}
 """Folders whose modules are no documents of `stdlib`: installed packages, tests (Linux distributions leave them out),
 generated tables (`encodings`, `pydoc_data`) and the test-like grammar fixtures of `lib2to3`."""
 
@@ -37,7 +38,7 @@ def stdlib_test_modules() -> Iterator[Module]:
     root = Path(sysconfig.get_paths()["stdlib"])
     for path, relative in _python_files(root):
         folders = set(relative.parts)
-        if folders & {"test", "tests", "idle_test"} and not folders & {"lib2to3", "site-packages", "dist-packages"}:
+        if folders & TEST_FOLDERS and not folders & {"lib2to3", "site-packages", "dist-packages"}:
             yield from _read(path, relative)
 
 

@@ -251,5 +251,5 @@ def _stream(dataset: str, config: str | None, split: str, commit: str | None) ->
 
 
 def _reason(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__
+    words = " ".join(str(error).split()) or type(error).__name__
+    return (words if len(words) <= 300 else words[:297] + "...").rstrip(".")

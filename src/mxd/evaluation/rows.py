@@ -4,9 +4,9 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self, get_args
+from typing import Any, get_args
 
-from mxd.runs.atomic import JSON
+from mxd.atomic import JSON
 
 TOGETHER = "together"
 """The kind of the row for all students of a run replaced at once; what belongs to one layer is null there."""
@@ -58,8 +58,14 @@ class EvaluationRow:
     """`ce` − `ce_base`; negative where the replaced model predicts better."""
     ce_zero: float
     """Cross-entropy of the model with the MLP's output set to zero."""
+    ce_mean: float | None
+    """Cross-entropy of the model with the MLP's output set to its mean over the text; null for `together`."""
     loss_recovered: float
     """(`ce_zero` − `ce`) / (`ce_zero` − `ce_base`)."""
+    bits_per_byte_base: float | None
+    """`ce_base` in bits a byte of the text; null where the text is token ids alone."""
+    bits_per_byte: float | None
+    """`ce` in bits a byte of the text."""
     kl: float
     """Mean KL(original ‖ replaced)."""
     dead_fraction: float | None
@@ -67,6 +73,14 @@ class EvaluationRow:
     specialisation: float | None
     """Share of the prediction's variance that needs experts of different direction; null for kinds without a
     dense branch."""
+    specialisation_constant_gain: float | None
+    """The same where a change of loudness counts too."""
+    special_positions: str
+    """`replace`, or `passthrough` where the original MLP stayed at BOS and padding."""
+    nmse_all_positions: float | None
+    """`nmse` with BOS and padding, which it leaves out; null where the two differ by less than a tenth."""
+    fvu_all_positions: float | None
+    """The same for `fvu`."""
 
     def to_json(self) -> dict[str, JSON]:
         """Return the row as JSON writes it, with null for what is not finite."""
@@ -76,7 +90,7 @@ class EvaluationRow:
         }
 
     @classmethod
-    def from_json(cls, value: Mapping[str, JSON]) -> Self:
+    def from_json(cls, value: Mapping[str, JSON]) -> "EvaluationRow":
         """Return the row that `to_json` wrote; null where a number is always defined becomes NaN.
 
         Keys that this version does not know are left out.

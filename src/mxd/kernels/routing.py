@@ -20,21 +20,22 @@ def route(
 
     Only the kept entries are saved for the backward pass, and the gradients are sums over them: there is no second
     dense product. `weight` is read by columns, so a weight whose columns are contiguous in memory (the transpose of
-    a contiguous table) is fastest. Under autocast the product runs in autocast's type; values are float32 there.
+    a contiguous table) is fastest. Under autocast the product runs in autocast's type; values have the weight's.
 
     Raises:
         ValueError: If `k` does not lie in `[1, n]`.
     """
     if not 1 <= k <= weight.shape[1]:
         raise ValueError(f"k must lie in [1, {weight.shape[1]}], the number of latents; got {k}.")
-    values, indices = _Route.apply(x.flatten(0, -2), weight, bias, k)  # pyright: ignore[reportGeneralTypeIssues]
-    return values.unflatten(0, x.shape[:-1]), indices.unflatten(0, x.shape[:-1])
+    rows = x.reshape(-1, x.shape[-1])
+    values, indices = _Route.apply(rows, weight, bias, k)  # pyright: ignore[reportGeneralTypeIssues]
+    return values.view(*x.shape[:-1], k), indices.view(*x.shape[:-1], k)
 
 
 class _Route(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        values, indices = x.new_empty(len(x), k), torch.empty(len(x), k, dtype=torch.long, device=x.device)
+        values, indices = weight.new_empty(len(x), k), torch.empty(len(x), k, dtype=torch.long, device=x.device)
         product_weight, product_bias, product_x = (_for_product(tensor) for tensor in (weight, bias, x))
         block = max(1, BLOCK_SCORES // weight.shape[1])
         for start in range(0, len(x), block):
@@ -56,16 +57,20 @@ class _Route(torch.autograd.Function):
         wants = ctx.needs_input_grad
         kept = torch.where(values > 0, gradients[0], 0)
         num_latents = weight.shape[1]
-        bias_gradient = kept.new_zeros(num_latents).index_add_(0, indices.flatten(), kept.flatten())
+        # A popular latent's sum over thousands of tokens stalls in bfloat16.
+        terms = kept.flatten().to(torch.promote_types(kept.dtype, torch.float32))
+        bias_gradient = terms.new_zeros(num_latents).index_add_(0, indices.flatten(), terms).to(kept.dtype)
         return (
             weighted_rows(kept, indices, weight.t()).to(x.dtype) if wants[0] else None,
-            row_sums(kept, indices, x, num_latents).t() if wants[1] else None,
+            row_sums(kept, indices, x.to(weight.dtype), num_latents).t() if wants[1] else None,
             bias_gradient if wants[2] else None,
             None,
         )
 
 
 def _for_product(tensor: Tensor) -> Tensor:
-    """Cast once what autocast would cast again for every block of rows."""
+    """Cast once what autocast would cast again for every block of rows; like autocast, leave float64 alone."""
     kind = tensor.device.type
-    return tensor.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else tensor
+    if tensor.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(kind))

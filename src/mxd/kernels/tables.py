@@ -28,9 +28,10 @@ def mix(
         indices: The rows that each token names.
         table: Rows to sum; the gradient that reaches it is dense, as dense optimisers want it.
     """
-    flat = _Mix.apply(values.flatten(0, -2), indices.flatten(0, -2), table)
+    k = values.shape[-1]
+    flat = _Mix.apply(values.reshape(-1, k), indices.reshape(-1, k), table)
     assert isinstance(flat, Tensor)
-    return flat.unflatten(0, values.shape[:-1])
+    return flat.view(*values.shape[:-1], table.shape[1])
 
 
 def weighted_rows(

@@ -1,7 +1,7 @@
 """The one contract that every sparse layer fulfils."""
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, Literal, NamedTuple, Protocol
+from typing import ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ class LinearMap(NamedTuple):
     """The map's offset."""
 
 
+@runtime_checkable
 class SparseLayerConfig(Protocol):
     """What every layer's configuration says."""
 

@@ -7,9 +7,9 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType, TracebackType
-from typing import Protocol, Self, cast
+from typing import Protocol, cast
 
-from mxd.runs.atomic import JSON, write_text_atomically
+from mxd.atomic import JSON, write_text_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ class MetricsLog:
         """Close the file."""
         self._file.close()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "MetricsLog":
         return self
 
     def __exit__(
@@ -93,9 +93,9 @@ class TensorBoardSink:
         first_step: Earlier events from this step on are hidden, as `MetricsLog` drops its records.
     """
 
-    def __init__(self, folder: Path, *, first_step: int = 0) -> None:
+    def __init__(self, folder: Path, *, first_step: int) -> None:
         module = _optional("torch.utils.tensorboard", "SummaryWriter", extra="tensorboard")
-        self._writer = module.SummaryWriter(str(folder), purge_step=first_step or None)
+        self._writer = module.SummaryWriter(str(folder), purge_step=first_step)
 
     def log(self, record: Mapping[str, JSON]) -> None:
         """Add each number of the record under its flattened name."""
@@ -114,13 +114,16 @@ class WandbSink:
         project: The project's name there.
         folder: Where its local files go.
         configuration: Shown there beside the run.
-        name: The run's name there, which is also its identity: a resumed run continues the same one.
+        name: The run's name there.
+        identity: Tells this run from all others there; the same one continues the same run after a resume.
     """
 
-    def __init__(self, *, project: str, folder: Path, configuration: Mapping[str, JSON], name: str) -> None:
+    def __init__(
+        self, *, project: str, folder: Path, configuration: Mapping[str, JSON], name: str, identity: str
+    ) -> None:
         module = _optional("wandb", "init", extra="wandb")
         self._run = module.init(
-            project=project, dir=str(folder), config=dict(configuration), name=name, id=name, resume="allow"
+            project=project, dir=str(folder), config=dict(configuration), name=name, id=identity, resume="allow"
         )
 
     def log(self, record: Mapping[str, JSON]) -> None:

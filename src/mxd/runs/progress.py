@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from types import TracebackType
-from typing import Self, TypeAlias
+from typing import TypeAlias
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -20,7 +20,11 @@ REFRESH_SECONDS = 0.1
 LINE_SECONDS = 10.0
 SMOOTHING_SECONDS = 30.0
 """How far back the shown speed looks."""
+LONGEST_SECONDS = 1e8
+"""The largest ETA that is shown: about three years."""
 MOST_STUDENTS = 12
+BAR_FROM_WIDTH = 100
+"""Columns of a terminal below which the numbers take the bar's place."""
 
 
 class SmoothedRate:
@@ -57,7 +61,7 @@ class TrainingProgress:
     Args:
         total_tokens: Tokens at which training ends.
         student_ids: In the order in which they are shown; of more than twelve, the twelve with the largest fvu.
-        description: A word or two before the bar.
+        description: A word or two before the numbers.
         tokens_at_start: Tokens done before a resume, which count for the bar and not for the speed.
         console: Where to write; stderr unless given.
         clock: Seconds that only grow; tests pass their own.
@@ -83,7 +87,7 @@ class TrainingProgress:
         self._shown_tokens = -1
         self._live: Live | None = None
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "TrainingProgress":
         self._rate = SmoothedRate(self._tokens, self._clock())
         if self._console.is_terminal and not self._console.is_dumb_terminal:
             # What others print to stdout is their result and must stay there.
@@ -129,16 +133,17 @@ class TrainingProgress:
         self._console.print(Text("  ".join(parts)), soft_wrap=True)
 
     def _frame(self) -> Group:
-        bar = Table.grid(padding=(0, 1))
-        bar.add_row(
-            Text(self._description),
-            ProgressBar(total=max(self._total_tokens, 1), completed=min(self._tokens, self._total_tokens), width=24),
-            *(Text(fact, no_wrap=True) for fact in self._facts()),
-        )
+        facts = Text("  ".join([self._description, *self._facts()]))
+        head = Table.grid(padding=(0, 2))
+        if self._console.width >= BAR_FROM_WIDTH:
+            done = min(self._tokens, self._total_tokens)
+            head.add_row(facts, ProgressBar(total=max(self._total_tokens, 1), completed=done, width=24))
+        else:
+            head.add_row(facts)
         table = Table(box=None, padding=(0, 1), pad_edge=False)
         table.add_column("student", overflow="ellipsis", no_wrap=True)
         for name in ("loss", "fvu", "l0", "dead"):
-            table.add_column(name, justify="right", no_wrap=True)
+            table.add_column(name, justify="right", no_wrap=True, min_width=6)
         shown = self._shown_students()
         for student in shown:
             table.add_row(
@@ -147,13 +152,13 @@ class TrainingProgress:
                 _share(self._value(student, "dead_fraction")),
             )
         more = self._more(shown)
-        return Group(bar, table, Text(more)) if more else Group(bar, table)
+        return Group(head, table, Text(more)) if more else Group(head, table)
 
     def _facts(self) -> list[str]:
         rate = self._rate.value
         done = self._tokens / self._total_tokens if self._total_tokens > 0 else 1.0
         remaining = max(self._total_tokens - self._tokens, 0)
-        eta = str(timedelta(seconds=round(remaining / rate))) if rate > 0 else "–"
+        eta = str(timedelta(seconds=round(min(remaining / rate, LONGEST_SECONDS)))) if rate > 0 else "–"
         return [
             f"{_count(self._tokens)}/{_count(self._total_tokens)} tokens",
             f"{done:.1%}",

@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import cast
 
-from mxd.runs.atomic import JSON, json_text, partial_path, write_json_atomically
+from mxd.atomic import JSON, json_text, partial_path, write_json_atomically
 
 CONFIGURATION_FILE = "run.json"
 FINISHED_FILE = "finished.json"

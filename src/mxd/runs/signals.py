@@ -2,7 +2,7 @@
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -29,7 +29,7 @@ class StopRequest:
 
 
 @contextmanager
-def interruptible() -> Iterator[StopRequest]:
+def interruptible() -> Generator[StopRequest, None, None]:
     """Turn SIGINT and SIGTERM into a request that the loop polls; a second SIGINT raises KeyboardInterrupt at once.
 
     The handlers that were there before come back at the end. A signal that is ignored (as under

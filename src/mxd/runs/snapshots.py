@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mxd.runs.atomic import JSON, canonical_json, json_text, partial_path, sync_file, sync_folder
+from mxd.atomic import JSON, canonical_json, json_text, partial_path, sync_file, sync_folder
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ class Snapshot(NamedTuple):
     tensors: Mapping[str, Tensor]
     """On the CPU, bit for bit what was saved, each with memory of its own."""
     state: Mapping[str, JSON]
-    """The rest; tuples have become lists, as in any JSON."""
+    """The rest; tuples have become lists and keys strings, as in any JSON."""
 
 
 class SnapshotError(OSError):
@@ -74,8 +74,8 @@ def save_snapshot(folder: Path, step: int, tensors: Mapping[str, Tensor], state:
     """
     if step < 0:
         raise ValueError(f"A snapshot's step must be at least 0; got {step}.")
-    content: dict[str, JSON] = {"format": FORMAT, "step": step, "state": dict(state)}
-    canonical_json(content)
+    # As it will be read back: a key that is no string becomes one, and sorts differently.
+    content: dict[str, JSON] = json.loads(canonical_json({"format": FORMAT, "step": step, "state": state}))
     final = folder / f"{step:010d}"
     partial = partial_path(final)
     try:
@@ -147,7 +147,10 @@ def _without_overlap(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _read(path: Path) -> Snapshot:
-    content = cast("dict[str, Any]", json.loads((path / STATE_FILE).read_text(encoding="utf-8")))
+    value: object = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+    if not isinstance(value, dict):
+        raise ValueError(f"{STATE_FILE} holds no JSON object.")
+    content = cast("dict[str, Any]", value)
     claimed = content.pop("sha256")
     if hashlib.sha256(canonical_json(content).encode()).hexdigest() != claimed:
         raise ValueError(f"the checksum of {STATE_FILE} does not hold.")
@@ -168,7 +171,7 @@ def _snapshots(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     found = [path for path in folder.iterdir() if re.fullmatch(r"\d{10,}", path.name) and path.is_dir()]
-    return sorted(found, key=lambda path: int(path.name), reverse=True)
+    return sorted(found, key=_step, reverse=True)
 
 
 def _candidates(folder: Path) -> list[Path]:
@@ -176,11 +179,11 @@ def _candidates(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     replaced = [path for path in folder.glob(".*.replaced") if not _unreplaced(path).exists()]
-    return sorted(
-        [*_snapshots(folder), *replaced],
-        key=lambda path: int(path.name.split(".")[-2 if path in replaced else 0]),
-        reverse=True,
-    )
+    return sorted([*_snapshots(folder), *replaced], key=_step, reverse=True)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.strip(".").split(".")[0])
 
 
 def _replaced(final: Path) -> Path:
@@ -219,8 +222,8 @@ def _tidy(folder: Path) -> None:
 
 def _prune(folder: Path, step: int) -> None:
     found = _snapshots(folder)
-    later = [path for path in found if int(path.name) > step]
-    earlier = [path for path in found if int(path.name) <= step]
+    later = [path for path in found if _step(path) > step]
+    earlier = [path for path in found if _step(path) <= step]
     for path in later + earlier[KEPT:]:
         # Renamed first, so that one half removed is never taken for a snapshot.
         try:

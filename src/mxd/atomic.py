@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
-JSON: TypeAlias = None | bool | int | float | str | Sequence[object] | Mapping[str, object]
+JSON: TypeAlias = bool | int | float | str | Sequence[object] | Mapping[str, object] | None
 """A value that JSON can hold; nested values are checked when they are written."""
 
 

@@ -1,0 +1,55 @@
+"""`mxd demo`: everything once, with no argument and no network."""
+
+import shutil
+from pathlib import Path
+
+from rich.console import Console
+
+from mxd.bundled import MODEL_NAME
+from mxd.evaluation.evaluate import evaluate_run, write_evaluation
+from mxd.evaluation.tables import format_table
+from mxd.runs.run import is_run
+from mxd.training.config import TrainConfig
+from mxd.training.decompose import decompose, make_plan
+
+DEMO = TrainConfig(
+    model=MODEL_NAME,
+    text=("stdlib",),
+    layer=(3,),
+    kind=("mxd", "transcoder", "skip-transcoder"),
+    k=(8, 32),
+    expansion=8,
+    tokens=600_000,
+    batch_tokens=2048,
+    schedule="linear",
+    eval_tokens=32_768,
+)
+"""The bundled model's middle layer, three kinds at matched parameters, at two Ks."""
+
+
+def demo(out: Path = Path("demo-run")) -> None:
+    """Decompose the bundled model's middle layer, evaluate it, and show the result. Takes a few minutes.
+
+    Args:
+        out: Folder of the run; an earlier demo there is removed.
+    """
+    console = Console(stderr=True)
+    if is_run(out):
+        shutil.rmtree(out)
+    plan = make_plan(DEMO)
+    console.print(
+        f"Training {len(plan.students)} sparse layers at matched parameters to replace the MLP of layer "
+        f"{DEMO.layer[0]} of mxd's bundled language model, on the source of Python's standard library …"
+    )
+    decompose(plan, out)
+    console.print("Putting them back into the model, on modules that neither has seen …")
+    evaluation = evaluate_run(out)
+    write_evaluation(out, evaluation, title="mxd demo: one MLP, three sparse replacements", footer="mxd demo")
+    Console().print(format_table(evaluation.rows))
+    console.print(
+        f"\nLook at {out}/report.html (table, curves, ten experts) and {out}/frontier.png.\n"
+        "Next, on your own model and text:\n"
+        "  mxd train --model MODEL --text TEXT --layer 8 --kind mxd transcoder --k 32 --tokens 10M --out RUN\n"
+        "  mxd evaluate RUN\n"
+        f'and in Python: mxd.load("{out}/layers/3/mxd-k32")'
+    )

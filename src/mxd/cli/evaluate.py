@@ -1,0 +1,45 @@
+"""`mxd evaluate`: how faithful a run's layers are."""
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+
+from mxd.evaluation.evaluate import evaluate_run, write_evaluation
+from mxd.evaluation.tables import format_table
+
+
+def evaluate(
+    run: Annotated[Path, tyro.conf.Positional],
+    text: tuple[str, ...] = (),
+    tokens: int | None = None,
+    student: tuple[str, ...] = (),
+    together: bool = False,
+    device: str | None = None,
+    json_: Annotated[bool, tyro.conf.arg(name="json")] = False,
+) -> None:
+    """Put a run's layers back into their model and measure what changes, on held-out text.
+
+    Writes RUN/evaluation.json, RUN/frontier.png and RUN/report.html.
+
+    Args:
+        run: Folder of a finished run.
+        text: Other text than the run's own; its held-out documents are used, as no training saw those.
+        tokens: Tokens to evaluate on, at most.
+        student: Ids such as mxd-k32 or 8/mxd-k32; all by default.
+        together: Also measure the model with all these layers in place at once; needs one student a layer.
+        device: Where to run; where the run was trained by default.
+        json_: Print the rows as one JSON array.
+    """
+    evaluation = evaluate_run(run, text=text, tokens=tokens, students=student, together=together, device=device)
+    command = shlex.join(["mxd", *sys.argv[1:]])
+    write_evaluation(run, evaluation, title=f"Sparse layers of {evaluation.facts['model']}", footer=command)
+    if json_:
+        print(json.dumps([row.to_json() for row in evaluation.rows], indent=2))
+        return
+    Console().print(format_table(evaluation.rows))
+    Console(stderr=True).print(f"Wrote {run}/evaluation.json, frontier.png and report.html.")

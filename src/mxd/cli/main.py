@@ -1,0 +1,51 @@
+"""Where a command starts, and how it ends: 0 done, 2 cannot be met, 3 stopped by a fault, 130 interrupted."""
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+import tyro
+
+DONE, CANNOT_BE_MET, FAULT, INTERRUPTED = 0, 2, 3, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run one command and exit with its status; what went wrong is one sentence on stderr.
+
+    Set MXD_TRACEBACK=1 to see where an error comes from.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    # Our own bar tells how far the work is; a bar for each file loaded would stand in between.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    from mxd.cli.demo import demo
+    from mxd.cli.evaluate import evaluate
+    from mxd.cli.numbers import COUNTS
+    from mxd.cli.train import train
+    from mxd.runs.snapshots import SnapshotError
+    from mxd.training.train import TrainingFault, TrainingInterrupted
+
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    name = f"mxd {given[0]}" if given and not given[0].startswith("-") else "mxd"
+    try:
+        tyro.extras.subcommand_cli_from_dict(
+            {"train": train, "evaluate": evaluate, "demo": demo},
+            prog="mxd",
+            description="Decompose the MLP layers of language models into sparse layers that can replace them.",
+            args=given or ["--help"],
+            registry=COUNTS,
+        )
+    except (TrainingInterrupted, KeyboardInterrupt) as error:
+        _fail(name, str(error) or "interrupted.", INTERRUPTED, error)
+    except (TrainingFault, SnapshotError) as error:
+        _fail(name, str(error), FAULT, error)
+    except (ValueError, OSError) as error:
+        _fail(name, str(error), CANNOT_BE_MET, error)
+    sys.exit(DONE)
+
+
+def _fail(name: str, message: str, status: int, error: BaseException) -> NoReturn:
+    if os.environ.get("MXD_TRACEBACK"):
+        raise error
+    print(f"{name}: {message}", file=sys.stderr)
+    sys.exit(status)

@@ -1,0 +1,191 @@
+"""Documents into token ids, and the tokens of local text kept on disk."""
+
+import itertools
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from hashlib import blake2b
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, cast
+
+import numpy as np
+from jaxtyping import Integer
+
+from mxd.data.documents import Document
+from mxd.data.text import LocalText
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+else:
+    # Importing transformers takes seconds, and every tokenizer comes with it already imported.
+    Tokenizer = object
+
+CACHE_FORMAT = 2
+"""Part of every key of the cache: raise it when the same documents come to give other tokens."""
+
+DOCUMENTS_AT_ONCE = 256
+
+
+def bos_token(tokenizer: Tokenizer | None) -> int | None:
+    """The token that begins a context, where there is one."""
+    return None if tokenizer is None else cast(int | None, tokenizer.bos_token_id)
+
+
+def eos_token(tokenizer: Tokenizer | None) -> int | None:
+    """The token that ends a document, where there is one."""
+    return None if tokenizer is None else cast(int | None, tokenizer.eos_token_id)
+
+
+def pad_token(tokenizer: Tokenizer | None) -> int | None:
+    """The token that fills up a batch, where there is one."""
+    return None if tokenizer is None else cast(int | None, tokenizer.pad_token_id)
+
+
+def separator_token(tokenizer: Tokenizer | None) -> int | None:
+    """The token that stands between two documents: BOS where there is one, else EOS.
+
+    Models that were trained on packed text have seen every document begin with BOS; in GPT-2's and Pythia's
+    tokenizers it is the same token as EOS.
+    """
+    return bos_token(tokenizer) if bos_token(tokenizer) is not None else eos_token(tokenizer)
+
+
+class EncodedDocument(NamedTuple):
+    """The tokens of one document."""
+
+    row: int
+    """Number of its row in the source."""
+    ids: Integer[np.ndarray, " length"]
+    """Its tokens, and the separator where the tokenizer has one."""
+
+
+def encoded_documents(
+    documents: Iterable[Document], tokenizer: Tokenizer | None, vocab_size: int
+) -> Iterator[EncodedDocument]:
+    """Tokenise documents in order: whole, without special tokens, each followed by the separator where there is one.
+
+    A BOS or EOS with which a pre-tokenised document begins or ends is dropped, as packing adds its own.
+
+    Args:
+        documents: What to tokenise; read a few hundred ahead.
+        tokenizer: Turns text into tokens; may be None where all documents have ids.
+        vocab_size: Size of the model's vocabulary.
+
+    Raises:
+        ValueError: If an id does not lie in the vocabulary, or a document is text and there is no tokenizer.
+    """
+    documents = iter(documents)
+    separator = separator_token(tokenizer)
+    end = [] if separator is None else [separator]
+    while batch := list(itertools.islice(documents, DOCUMENTS_AT_ONCE)):
+        for document, ids in zip(batch, _encode(batch, tokenizer), strict=True):
+            check_vocabulary(max(ids, default=0), vocab_size)
+            yield EncodedDocument(document.row, np.array([*ids, *end], dtype=np.uint32))
+
+
+def check_vocabulary(largest: int, vocab_size: int) -> None:
+    """Raise a ValueError unless the largest token id lies in the model's vocabulary."""
+    if largest >= vocab_size:
+        raise ValueError(
+            f"Token ids must lie below {vocab_size}, the size of the model's vocabulary; the text has {largest}. "
+            "Use the model's own tokenizer, or ids made with it."
+        )
+
+
+def cached_training_tokens(
+    source: LocalText, tokenizer: Tokenizer | None, *, vocab_size: int, cache: Path | None = None
+) -> Integer[np.ndarray, " num_tokens"]:
+    """Return all tokens of the training documents, joined: tokenised once, then mapped from disk.
+
+    The file's name is a digest of the documents (with which of them are held out) and of the tokenizer.
+
+    Args:
+        source: The documents.
+        tokenizer: Turns text into tokens; may be None where all documents have ids.
+        vocab_size: Size of the model's vocabulary.
+        cache: Folder of the cache; `$MXD_CACHE` or `~/.cache/mxd` where None.
+
+    Raises:
+        ValueError: If an id does not lie in the vocabulary, or the folder cannot be written.
+    """
+    folder = cache if cache is not None else Path(os.environ.get("MXD_CACHE", "~/.cache/mxd")).expanduser()
+    key = f"{CACHE_FORMAT} {source.identity.digest} {_tokenizer_digest(tokenizer)}"
+    path = folder / f"tokens-{blake2b(key.encode(), digest_size=16).hexdigest()}.npy"
+    tokens = _mapped(path)
+    if tokens is None:
+        parts = [encoded.ids for encoded in encoded_documents(source.documents(held_out=False), tokenizer, vocab_size)]
+        # An array that does not exist cannot be mapped: text of no training document has nothing to keep.
+        if sum(map(len, parts)) == 0:
+            return np.empty(0, dtype=np.uint16)
+        tokens = np.concatenate(parts)
+        _write(path, tokens.astype(np.uint16) if tokens.max() < 2**16 else tokens)
+        tokens = cast(np.ndarray, _mapped(path))
+    check_vocabulary(int(tokens.max()), vocab_size)
+    return tokens
+
+
+def _encode(batch: Sequence[Document], tokenizer: Tokenizer | None) -> Iterator[Sequence[int]]:
+    texts = [document.text for document in batch if document.ids is None]
+    encoded: Iterator[list[int]] = iter(())
+    if texts and tokenizer is None:
+        raise ValueError(
+            "Text must come with the model's tokenizer; there is none. Save the tokenizer beside the model, "
+            "or give token ids in `input_ids`."
+        )
+    if texts and tokenizer is not None:
+        # verbose=False keeps back the warning that a document is longer than the model's context.
+        rows = tokenizer(
+            texts,
+            add_special_tokens=False,
+            padding=False,
+            truncation=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )
+        encoded = iter(cast(list[list[int]], rows["input_ids"]))
+    for document in batch:
+        yield next(encoded) if document.ids is None else _without_ends(document.ids, tokenizer)
+
+
+def _without_ends(ids: Sequence[int], tokenizer: Tokenizer | None) -> Sequence[int]:
+    start = int(ids[0] == bos_token(tokenizer))
+    end = len(ids) - int(len(ids) > start and ids[-1] == eos_token(tokenizer))
+    return ids[start:end]
+
+
+def _tokenizer_digest(tokenizer: Tokenizer | None) -> str:
+    if tokenizer is None:
+        return "none"
+    rules: object = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]
+    if backend := getattr(tokenizer, "backend_tokenizer", None):
+        # Truncation and padding are settings of the last call, which encoding overrules.
+        rules = {**json.loads(backend.to_str()), "truncation": None, "padding": None}
+    content = json.dumps([rules, bos_token(tokenizer), eos_token(tokenizer)], sort_keys=True)
+    return blake2b(content.encode(), digest_size=16).hexdigest()
+
+
+def _mapped(path: Path) -> Integer[np.ndarray, " num_tokens"] | None:
+    try:
+        return np.load(path, mmap_mode="r")
+    # A file that a full disk cut short, or that cannot be read, is made again.
+    except (OSError, ValueError, EOFError):
+        return None
+
+
+def _write(path: Path, tokens: Integer[np.ndarray, " num_tokens"]) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".tokens-", delete=False) as file:
+            try:
+                np.save(file, tokens)
+            except BaseException:
+                os.unlink(file.name)
+                raise
+        os.replace(file.name, path)
+    except OSError as error:
+        raise ValueError(
+            f"The cache of tokens must be a folder that can be written; {path.parent} is not ({error.strerror}). "
+            "Set MXD_CACHE to a folder with room."
+        ) from error

@@ -1,0 +1,1 @@
+"""What a sparse layer changed in its model, measured and shown."""

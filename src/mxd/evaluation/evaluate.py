@@ -1,0 +1,285 @@
+"""From a finished run to its rows, its pictures and its report."""
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, TypedDict, cast, get_args
+
+import torch
+from torch import nn
+
+from mxd.atomic import JSON, write_json_atomically
+from mxd.bundled import held_out_modules
+from mxd.data.text import open_text
+from mxd.data.tokens import HeldOut, held_out_contexts, special_tokens
+from mxd.evaluation.curves import read_curves
+from mxd.evaluation.experts import expert_pages
+from mxd.evaluation.faithfulness import (
+    EvaluationText,
+    ModelLoss,
+    Reconstruction,
+    ablation,
+    model_losses,
+    reconstructions,
+    replacement,
+)
+from mxd.evaluation.frontier import draw_frontier
+from mxd.evaluation.report import ExpertPage, write_report
+from mxd.evaluation.rows import TOGETHER, EvaluationRow
+from mxd.evaluation.students import TrainedStudent, load_students, require_one_per_layer
+from mxd.layers import MixtureOfDecoders
+from mxd.layers.sizing import flops_per_token
+from mxd.metrics import loss_recovered
+from mxd.models import LanguageModel, load_language_model
+from mxd.runs.metrics_log import read_metrics
+from mxd.runs.run import is_finished, read_configuration
+
+NOTABLE_DIFFERENCE = 0.1
+"""Relative difference above which reconstruction errors with special positions are reported beside those without."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Evaluation:
+    """What was measured of a run."""
+
+    rows: Sequence[EvaluationRow]
+    """One a student, and one for all of them together where that was asked for."""
+    experts: Sequence[ExpertPage]
+    """Some experts of one student."""
+    experts_of: str
+    """That student's id."""
+    facts: Mapping[str, str]
+    """What a reader must know to repeat it."""
+
+
+def evaluate_run(
+    run: Path,
+    *,
+    text: Sequence[str] = (),
+    tokens: int | None = None,
+    students: Collection[str] = (),
+    together: bool = False,
+    device: str | None = None,
+) -> Evaluation:
+    """Measure a run's students on held-out text.
+
+    Args:
+        run: Folder of a finished run.
+        text: Other text than the run's own; its held-out documents are used, as no training saw those.
+        tokens: Number of tokens at most; the run's own `eval_tokens` where None.
+        students: Ids, or `<layer>/<id>`; all where empty.
+        together: Whether to measure the model with all students in place at once too, one a layer.
+        device: Where to run; the run's own where None.
+
+    Raises:
+        ValueError: If the run is not finished, has no such student, or has several in one layer for `together`.
+    """
+    description = read_configuration(run)
+    if not is_finished(run):
+        raise ValueError(f"{run} must be a finished run; it is not; finish it with mxd train --resume.")
+    config = cast(dict[str, Any], description["config"])
+    chosen = load_students(run, cast(list[dict[str, Any]], description["students"]), students)
+    if together:
+        require_one_per_layer(chosen)
+    device = device or str(cast(dict[str, Any], description["resources"])["device"])
+    dtype = "auto" if config["model_dtype"] == "auto" else getattr(torch, config["model_dtype"])
+    language_model = load_language_model(
+        config["model"],
+        revision=cast(dict[str, Any], description["model"])["revision"],
+        dtype=dtype,
+        device=device,
+    )
+    for student in chosen:
+        student.candidate.network.to(device)
+    source = open_text(
+        list(text) or config["text"],
+        text_field=config["text_field"],
+        split=config["split"],
+        held_out_modules=held_out_modules(),
+    )
+    held_out = held_out_contexts(
+        source,
+        language_model.tokenizer,
+        context=config["context"],
+        num_tokens=tokens or config["eval_tokens"],
+        vocab_size=cast(Any, language_model.model).get_input_embeddings().weight.shape[0],
+    )
+    evaluation_text = EvaluationText(
+        contexts=held_out.contexts,
+        special_ids=special_tokens(language_model.tokenizer),
+        passthrough=config["special_positions"] == "passthrough",
+        module_path=config["module"],
+    )
+    return _evaluate(language_model, chosen, held_out, evaluation_text, together, source.name)
+
+
+def write_evaluation(run: Path, evaluation: Evaluation, *, title: str, footer: str) -> None:
+    """Write `evaluation.json`, `frontier.png` and `report.html` into the run's folder."""
+    rows: list[JSON] = [row.to_json() for row in evaluation.rows]
+    write_json_atomically(run / "evaluation.json", {"facts": dict(evaluation.facts), "rows": rows})
+    draw_frontier(evaluation.rows, run / "frontier.png")
+    write_report(
+        run / "report.html",
+        title=title,
+        facts=evaluation.facts,
+        rows=evaluation.rows,
+        curves=read_curves(read_metrics(run / "metrics.jsonl")),
+        experts=evaluation.experts,
+        experts_of=evaluation.experts_of,
+        footer=footer,
+    )
+
+
+def _evaluate(
+    language_model: LanguageModel,
+    students: Sequence[TrainedStudent],
+    held_out: HeldOut,
+    text: EvaluationText,
+    together: bool,
+    text_name: str,
+) -> Evaluation:
+    model = cast(nn.Module, language_model.model)
+    candidates = [student.candidate for student in students]
+    quality = reconstructions(model, candidates, text)
+    variants = {
+        candidate.name: replacement(model, {candidate.layer: candidate.network}, text) for candidate in candidates
+    }
+    for candidate in candidates:
+        sums = quality[candidate.name].everywhere
+        variants[f"mean {candidate.layer}"] = ablation(model, {candidate.layer: sums.target / sums.tokens}, text)
+        variants[f"zero {candidate.layer}"] = ablation(model, {candidate.layer: None}, text)
+    if together:
+        layers = {candidate.layer: candidate.network for candidate in candidates}
+        variants[TOGETHER] = replacement(model, layers, text)
+        variants[f"zero {TOGETHER}"] = ablation(model, dict.fromkeys(layers), text)
+    losses = model_losses(model, variants, text)
+    bytes_per_token = None if held_out.num_bytes is None else held_out.num_bytes / held_out.contexts[:, 1:].numel()
+    rows = [
+        _row(language_model, student, quality[student.candidate.name], losses, text, bytes_per_token)
+        for student in students
+    ]
+    if together:
+        rows.append(_together_row(language_model, losses, text, bytes_per_token))
+    shown = next(
+        (student for student in students if isinstance(student.candidate.network, MixtureOfDecoders)), students[0]
+    )
+    experts = expert_pages(
+        model,
+        shown.candidate,
+        quality[shown.candidate.name].latents,
+        held_out.contexts,
+        language_model.tokenizer,
+        module_path=text.module_path,
+    )
+    facts = {
+        "model": language_model.id,
+        "held-out text": text_name,
+        "tokens evaluated": f"{held_out.contexts.numel():,}",
+        "tokens trained": f"{students[0].provenance.tokens_trained:,}",
+        "context": f"{held_out.contexts.shape[1]} tokens",
+    }
+    return Evaluation(rows=rows, experts=experts, experts_of=shown.id, facts=facts)
+
+
+def _row(
+    language_model: LanguageModel,
+    student: TrainedStudent,
+    quality: Reconstruction,
+    losses: Mapping[str, ModelLoss],
+    text: EvaluationText,
+    bytes_per_token: float | None,
+) -> EvaluationRow:
+    network, provenance = student.candidate.network, student.provenance
+    layer, config = student.candidate.layer, network.config
+    d_hidden: int = getattr(config, "d_hidden", 0)
+    agreement = quality.specialisation
+    return EvaluationRow(
+        id=student.id,
+        model=language_model.id,
+        layer=layer,
+        kind=network.kind,
+        k=config.k,
+        num_latents=config.num_latents,
+        d_hidden=d_hidden or None,
+        activation=getattr(config, "activation", None),
+        init=provenance.init,
+        seed=provenance.seed,
+        parameters=sum(parameter.numel() for parameter in network.parameters()),
+        flops_per_token=flops_per_token(
+            network.kind,
+            config.num_latents,
+            config.k,
+            config.d_in,
+            config.d_out,
+            d_hidden,
+            getattr(config, "encoder", "mlp"),
+        ),
+        tokens_trained=provenance.tokens_trained,
+        tokens_evaluated=text.contexts.numel(),
+        l0=quality.latents.l0,
+        nmse=quality.content.nmse,
+        fvu=quality.content.fvu,
+        dead_fraction=quality.latents.dead_fraction,
+        specialisation=None if agreement is None else agreement.scalar_gain,
+        specialisation_constant_gain=None if agreement is None else agreement.constant_gain,
+        special_positions="passthrough" if text.passthrough else "replace",
+        nmse_all_positions=_notable(quality.everywhere.nmse, quality.content.nmse),
+        fvu_all_positions=_notable(quality.everywhere.fvu, quality.content.fvu),
+        ce_mean=losses[f"mean {layer}"].ce,
+        **_model_fields(losses, student.candidate.name, f"zero {layer}", bytes_per_token),
+    )
+
+
+def _together_row(
+    language_model: LanguageModel,
+    losses: Mapping[str, ModelLoss],
+    text: EvaluationText,
+    bytes_per_token: float | None,
+) -> EvaluationRow:
+    of_one_layer = {
+        field.name: None for field in fields(EvaluationRow) if type(None) in get_args(field.type)
+    }  # what belongs to one layer is null
+    return EvaluationRow(
+        **of_one_layer  # pyright: ignore[reportArgumentType]
+        | {
+            "id": TOGETHER,
+            "model": language_model.id,
+            "kind": TOGETHER,
+            "tokens_evaluated": text.contexts.numel(),
+            "special_positions": "passthrough" if text.passthrough else "replace",
+        }
+        | _model_fields(losses, TOGETHER, f"zero {TOGETHER}", bytes_per_token)
+    )
+
+
+class _ModelFields(TypedDict):
+    """The fields of a row that speak of the whole model."""
+
+    ce_base: float
+    ce: float
+    ce_increase: float
+    ce_zero: float
+    loss_recovered: float
+    kl: float
+    bits_per_byte_base: float | None
+    bits_per_byte: float | None
+
+
+def _model_fields(losses: Mapping[str, ModelLoss], name: str, zero: str, bytes_per_token: float | None) -> _ModelFields:
+    base, here, ablated = losses[""].ce, losses[name].ce, losses[zero].ce
+    bits = None if bytes_per_token is None else 1 / (math.log(2) * bytes_per_token)
+    return {
+        "ce_base": base,
+        "ce": here,
+        "ce_increase": here - base,
+        "ce_zero": ablated,
+        "loss_recovered": loss_recovered(here, base, ablated),
+        "kl": losses[name].kl,
+        "bits_per_byte_base": None if bits is None else base * bits,
+        "bits_per_byte": None if bits is None else here * bits,
+    }
+
+
+def _notable(everywhere: float, content: float) -> float | None:
+    return everywhere if abs(everywhere - content) > NOTABLE_DIFFERENCE * content else None

@@ -1,0 +1,196 @@
+"""How faithful sparse layers are: to their MLP's output, and to the model when they stand in its place."""
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from mxd.data.tokens import content_positions
+from mxd.evaluation.collect import LatentStatistics
+from mxd.evaluation.specialisation import Specialisation, specialisation
+from mxd.layers import MixtureOfDecoders, SparseCode, SparseLayer
+from mxd.metrics import ErrorSums, error_sums, kl_divergence, next_token_losses
+from mxd.models import MlpPair, find_mlp, mlp_pairs, replace_mlp
+
+SPECIALISATION_TOKENS = 8192
+"""Content tokens, evenly spaced, on which specialisation is measured."""
+
+LOGITS_AT_ONCE = 2**25
+"""Elements of the logits of one forward pass, which bounds the memory of evaluation."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Candidate:
+    """A sparse layer that is to be judged."""
+
+    name: str
+    """Its name in the result."""
+    layer: int
+    """Index of the block whose MLP it replaces."""
+    network: SparseLayer
+    """The sparse layer."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class EvaluationText:
+    """What candidates are judged on."""
+
+    contexts: Int[Tensor, "n context"]
+    """Held-out tokens."""
+    special_ids: Collection[int]
+    """Tokens that are no content (BOS, padding): reconstruction metrics leave their positions out."""
+    passthrough: bool = False
+    """Whether the original MLP stays at those positions when it is replaced."""
+    module_path: str | None = None
+    """Where the MLPs are, in a family that is not listed."""
+
+    def chunks(self, tokens: int) -> Iterator[tuple[int, Int[Tensor, "chunk context"]]]:
+        """Yield the contexts in order, about this many tokens at a time, each with the number of its first context."""
+        size = max(1, tokens // self.contexts.shape[1])
+        for first in range(0, len(self.contexts), size):
+            yield first, self.contexts[first : first + size]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Reconstruction:
+    """How near a candidate comes to its MLP's output."""
+
+    content: ErrorSums
+    """Errors at content positions."""
+    everywhere: ErrorSums
+    """Errors at all positions."""
+    latents: LatentStatistics
+    """What its latents fire on, at content positions."""
+    specialisation: Specialisation | None
+    """How far its experts disagree; None for kinds without a dense branch."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelLoss:
+    """How well a model predicts the next token."""
+
+    ce: float
+    """Mean cross-entropy, in nats a token."""
+    kl: float
+    """Mean KL(original ‖ this model), in nats a token."""
+
+
+@torch.no_grad()
+def reconstructions(
+    model: nn.Module, candidates: Sequence[Candidate], text: EvaluationText
+) -> dict[str, Reconstruction]:
+    """Return how near each candidate comes to its MLP's output, by the candidate's name."""
+    judges = {candidate.name: _Judge(candidate, text) for candidate in candidates}
+    layers = sorted({candidate.layer for candidate in candidates})
+    for first, contexts in text.chunks(4096):
+        contexts = contexts.to(next(model.parameters()).device)
+        pairs = mlp_pairs(model, contexts, layers, module_path=text.module_path)
+        content = content_positions(contexts, text.special_ids)
+        for candidate in candidates:
+            judges[candidate.name].observe(pairs[candidate.layer], content, first)
+    return {name: judge.result() for name, judge in judges.items()}
+
+
+class _Judge:
+    """Gathers one candidate's reconstruction over chunks of text."""
+
+    def __init__(self, candidate: Candidate, text: EvaluationText) -> None:
+        self._network = candidate.network
+        device = next(self._network.parameters()).device
+        self._sums: dict[str, ErrorSums] = {}
+        self._latents = LatentStatistics(self._network.config.num_latents, device=device)
+        self._stride = max(1, text.contexts.numel() // SPECIALISATION_TOKENS)
+        self._sample: list[tuple[Tensor, Tensor]] = []
+
+    def observe(self, pair: MlpPair, content: Tensor, first_context: int) -> None:
+        target = pair.target.float().flatten(0, 1)
+        x = target if self._network.reads == "output" else pair.x.float().flatten(0, 1)
+        prediction, code = self._network(x)
+        kept = content.flatten()
+        for name, rows in {"content": kept, "everywhere": torch.ones_like(kept)}.items():
+            sums = error_sums(prediction[rows].float(), target[rows])
+            self._sums[name] = self._sums[name] + sums if name in self._sums else sums
+        context, position = content.nonzero(as_tuple=True)
+        self._latents.update(SparseCode(code.values[kept], code.indices[kept]), context + first_context, position)
+        if isinstance(self._network, MixtureOfDecoders):
+            chosen = kept.nonzero().squeeze(1)[:: self._stride]
+            self._sample.append((prediction[chosen], self._network.dense_branch(x[chosen])))
+
+    def result(self) -> Reconstruction:
+        sample = [torch.cat(parts) for parts in zip(*self._sample, strict=True)]
+        return Reconstruction(
+            content=self._sums["content"],
+            everywhere=self._sums["everywhere"],
+            latents=self._latents,
+            specialisation=specialisation(*sample, max_tokens=SPECIALISATION_TOKENS) if sample else None,
+        )
+
+
+@torch.no_grad()
+def model_losses(
+    model: nn.Module, variants: Mapping[str, Callable[[], AbstractContextManager[None]]], text: EvaluationText
+) -> dict[str, ModelLoss]:
+    """Return the loss of the model in each variant, and its distance from the model as it is.
+
+    Args:
+        model: A language model.
+        variants: Makes the context in which the model runs as the variant, by name.
+        text: What it predicts.
+
+    Returns:
+        The losses by name; `""` is the model as it is.
+    """
+    variants = {"": lambda: nullcontext(), **variants}
+    sums = {name: torch.zeros(2, dtype=torch.float64) for name in variants}
+    positions = 0
+    tokens = LOGITS_AT_ONCE // _vocabulary(model)
+    for _, contexts in text.chunks(tokens):
+        contexts = contexts.to(next(model.parameters()).device)
+        positions += contexts[:, 1:].numel()
+        original: Tensor | None = None
+        for name, variant in variants.items():
+            with variant():
+                logits = cast(Tensor, model(contexts, use_cache=False).logits)
+            original = logits if original is None else original
+            ce = next_token_losses(logits, contexts).double().sum()
+            kl = kl_divergence(original[:, :-1], logits[:, :-1]).double().sum()
+            sums[name] += torch.stack([ce, kl]).cpu()
+    return {
+        name: ModelLoss(ce=float(total[0]) / positions, kl=float(total[1]) / positions) for name, total in sums.items()
+    }
+
+
+def replacement(
+    model: nn.Module, layers: Mapping[int, SparseLayer], text: EvaluationText
+) -> Callable[[], AbstractContextManager[None]]:
+    """Return the variant in which these sparse layers stand in for their MLPs."""
+    kept = text.special_ids if text.passthrough else ()
+    return lambda: replace_mlp(model, layers, passthrough=kept, module_path=text.module_path)
+
+
+def ablation(
+    model: nn.Module, outputs: Mapping[int, Float[Tensor, " d_out"] | None], text: EvaluationText
+) -> Callable[[], AbstractContextManager[None]]:
+    """Return the variant in which MLPs' outputs are these vectors, or zero, wherever candidates would replace them."""
+    constants = {
+        layer: _constant(find_mlp(model, layer, text.module_path).d_out, output) for layer, output in outputs.items()
+    }
+    kept = text.special_ids if text.passthrough else ()
+    return lambda: replace_mlp(model, constants, passthrough=kept, module_path=text.module_path)
+
+
+def _constant(d_out: int, output: Tensor | None) -> Callable[[Tensor], Tensor]:
+    def constant(x: Tensor) -> Tensor:
+        vector = x.new_zeros(d_out) if output is None else output.to(x)
+        return vector.expand(*x.shape[:-1], -1)
+
+    return constant
+
+
+def _vocabulary(model: nn.Module) -> int:
+    embeddings = cast(nn.Embedding, model.get_input_embeddings())  # pyright: ignore[reportCallIssue]
+    return embeddings.weight.shape[0]

@@ -1,0 +1,205 @@
+"""The table of results: one definition of its columns, for the terminal, Markdown and the report."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
+
+from rich.table import Table
+from rich.text import Text
+
+from mxd.evaluation.drawing import compact, describe, group_name, split_student
+from mxd.evaluation.rows import TOGETHER, EvaluationRow
+
+
+class Column(NamedTuple):
+    """A column of numbers."""
+
+    field: str
+    """The field of `EvaluationRow`."""
+    heading: str
+    """Short, for the head of the table."""
+    short: str
+    """Shorter still, for a terminal."""
+    meaning: str
+    """What the number is, with its unit and which way is better."""
+    write: Callable[[int | float], str]
+    """The number as text."""
+    better: Literal["lower", "higher"] | None
+    """Which way is better; None for a number that is no score."""
+
+
+class Cell(NamedTuple):
+    """A number of the table."""
+
+    text: str
+    """As it is shown."""
+    best: bool
+    """Whether no other student of the same layer and K is better, and one is worse."""
+
+
+class TableLine(NamedTuple):
+    """A student's line."""
+
+    name: str
+    """Its kind and what else its id names beside K."""
+    kind: str
+    """Its kind, for the colour."""
+    cells: list[Cell]
+    """One for each of `COLUMNS`."""
+
+
+class TableGroup(NamedTuple):
+    """The students that compare: those of one layer with the same K."""
+
+    layer: int | None
+    """The layer; None for all layers together."""
+    lines: list[TableLine]
+    """In the order of the rows."""
+
+
+def _fraction(value: int | float) -> str:
+    return f"{value:.1e}" if 0 < abs(value) < 1e-3 else f"{value:.4f}"
+
+
+def _signed(value: int | float) -> str:
+    return f"{value:+.4f}" if round(abs(value), 4) or not value else f"{value:+.0e}"
+
+
+def _percent(value: int | float) -> str:
+    return f"{100 * value:.1f}%"
+
+
+def _finer_percent(value: int | float) -> str:
+    return f"{100 * value:.2f}%"
+
+
+def _mean(value: int | float) -> str:
+    return f"{value:.1f}"
+
+
+def _whole(value: int | float) -> str:
+    return f"{value:g}"
+
+
+COLUMNS = (
+    Column("k", "K", "K", "Latents active on each token, at most", _whole, None),
+    Column("parameters", "Parameters", "Params", "Parameters of the sparse layer", compact, None),
+    Column("fvu", "FVU", "FVU", "Fraction of the output's variance unexplained; lower is better", _fraction, "lower"),
+    Column("nmse", "NMSE", "NMSE", "Squared error over the output's squared norm; lower is better", _fraction, "lower"),
+    Column(
+        "ce_increase",
+        "CE increase",
+        "CE +",
+        "Cross-entropy with the layer in place minus the model's own, in nats per token; lower is better",
+        _signed,
+        "lower",
+    ),
+    Column(
+        "loss_recovered",
+        "Loss recovered",
+        "Recov.",
+        "Share of the loss from deleting the MLP that the layer wins back; higher is better",
+        _finer_percent,
+        "higher",
+    ),
+    Column(
+        "kl",
+        "KL",
+        "KL",
+        "KL divergence from the model's own predictions, in nats per token; lower is better",
+        _fraction,
+        "lower",
+    ),
+    Column("l0", "L0", "L0", "Latents active on a token, mean", _mean, None),
+    Column(
+        "dead_fraction", "Dead", "Dead", "Share of the latents that never fired on the evaluated text", _percent, None
+    ),
+    Column(
+        "specialisation",
+        "Specialisation",
+        "Spec.",
+        "Share of the prediction's variance that needs experts of different direction; 0: one expert would do",
+        _fraction,
+        None,
+    ),
+)
+
+
+def group_rows(rows: Sequence[EvaluationRow]) -> list[TableGroup]:
+    """Return the table's lines, grouped and ordered by layer and K; all layers together come last."""
+    keys = sorted({_key(row) for row in rows})
+    groups: list[TableGroup] = []
+    for key in keys:
+        members = [row for row in rows if _key(row) == key]
+        lines = [
+            TableLine(_name(row), row.kind, [_cell(row, members, column) for column in COLUMNS]) for row in members
+        ]
+        groups.append(TableGroup(members[0].layer, lines))
+    return groups
+
+
+def format_table(rows: Sequence[EvaluationRow]) -> Table:
+    """Return the results as a table for a terminal of 80 columns; the best of each layer and K is bold.
+
+    What all rows share stands below the table, and the parameters too where they are matched.
+    """
+    matched = len({compact(row.parameters) for row in rows if row.parameters is not None}) <= 1
+    shown = [place for place, column in enumerate(COLUMNS) if column.field != "parameters" or not matched]
+    several = len({row.layer for row in rows}) > 1
+    table = Table(box=None, pad_edge=False, header_style="dim", caption=describe(rows), caption_justify="left")
+    table.padding = (0, 1, 0, 0)
+    table.add_column("Kind", no_wrap=True)
+    for place in shown:
+        table.add_column(COLUMNS[place].short, justify="right", no_wrap=True)
+    layers: list[int | None] = []
+    for group in group_rows(rows):
+        if several and group.layer is not None and group.layer not in layers:
+            table.add_row()
+            table.add_row(Text(f"Layer {group.layer}", style="bold"))
+        elif layers:
+            table.add_row()
+        layers.append(group.layer)
+        for line in group.lines:
+            cells = [line.cells[place] for place in shown]
+            table.add_row(
+                Text(line.name), *(Text(cell.text, style="bold green" if cell.best else "") for cell in cells)
+            )
+    return table
+
+
+def markdown_table(rows: Sequence[EvaluationRow]) -> str:
+    """Return the results as a Markdown table; the best of each layer and K is bold."""
+    several = len({row.layer for row in rows}) > 1
+    head = (["Layer"] if several else []) + ["Kind"] + [column.heading for column in COLUMNS]
+    rule = (["--:"] if several else []) + [":--"] + ["--:"] * len(COLUMNS)
+    lines = [head, rule]
+    for group in group_rows(rows):
+        for line in group.lines:
+            layer = ["all" if group.layer is None else str(group.layer)] if several else []
+            cells = [f"**{cell.text}**" if cell.best else cell.text for cell in line.cells]
+            lines.append([*layer, line.name.replace("|", r"\|"), *cells])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _key(row: EvaluationRow) -> tuple[int | float, int | float]:
+    return (math.inf if row.layer is None else row.layer, math.inf if row.k is None else row.k)
+
+
+def _name(row: EvaluationRow) -> str:
+    if row.kind == TOGETHER:
+        return "All layers"
+    name = group_name(split_student(row.id)[0], row.kind)
+    return f"{name}, seed {row.seed}" if "-seed" in row.id else name
+
+
+def _cell(row: EvaluationRow, members: Sequence[EvaluationRow], column: Column) -> Cell:
+    value: int | float | None = getattr(row, column.field)
+    if value is None:
+        return Cell("–", False)
+    if not math.isfinite(value):
+        return Cell("n/a", False)
+    others: list[int | float | None] = [getattr(member, column.field) for member in members]
+    scores = [other for other in others if other is not None and math.isfinite(other)]
+    best = {"lower": min, "higher": max}.get(column.better or "")
+    wins = best is not None and value == best(scores) and min(scores) < max(scores)
+    return Cell(column.write(value).replace("-", "−"), wins)

@@ -1,0 +1,21 @@
+"""Surgery on Hugging Face language models: find an MLP, read what flows through it, put something in its place."""
+
+from mxd.models.loading import LanguageModel, load_language_model
+from mxd.models.sites import MLP_SITES, MlpSite, MlpSpec, find_mlp, num_layers
+from mxd.models.surgery import MlpPair, Replacement, ablate_mlp, capture_mlp, mlp_pairs, replace_mlp
+
+__all__ = [
+    "MLP_SITES",
+    "LanguageModel",
+    "MlpPair",
+    "MlpSite",
+    "MlpSpec",
+    "Replacement",
+    "ablate_mlp",
+    "capture_mlp",
+    "find_mlp",
+    "load_language_model",
+    "mlp_pairs",
+    "num_layers",
+    "replace_mlp",
+]

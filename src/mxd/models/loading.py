@@ -1,0 +1,234 @@
+"""Loading a language model from the hub or a folder, with errors that say what to do."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NamedTuple, NoReturn, cast
+
+import torch
+
+from mxd.bundled import MODEL_NAME, bundled_model_folder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_WEIGHTS = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+_PICKLES_REFUSED = (
+    ".bin, .pt and .pth weights are pickles, which can run code, and are refused; on a machine where you trust them, "
+    "load them with transformers' AutoModelForCausalLM and convert them with model.save_pretrained(FOLDER), "
+    "then give FOLDER"
+)
+
+
+class LanguageModel(NamedTuple):
+    """A pretrained language model, frozen, and where it comes from."""
+
+    model: "PreTrainedModel"
+    """The model, in evaluation mode and without gradients of its weights."""
+    tokenizer: "PreTrainedTokenizerBase"
+    """Its tokenizer."""
+    id: str
+    """The hub id or folder that it was loaded from."""
+    revision: str | None
+    """The hub's commit if it is known, else the revision that was asked for; None for a folder."""
+
+
+def load_language_model(
+    model_id: str,
+    *,
+    revision: str | None = None,
+    dtype: Literal["auto"] | torch.dtype = "auto",
+    device: str | torch.device = "cpu",
+    trust_remote_code: bool = False,
+) -> LanguageModel:
+    """Load a language model and its tokenizer from the hub or a local folder.
+
+    Weights are read from safetensors only; nothing is ever unpickled.
+
+    Args:
+        model_id: A hub id such as `openai-community/gpt2`, a local folder, or `bundled`.
+        revision: Branch, tag or commit on the hub.
+        dtype: Of the weights; "auto" takes the checkpoint's.
+        device: Where to put the model.
+        trust_remote_code: Whether to run Python code that comes with the model.
+
+    Raises:
+        FileNotFoundError: If the folder, its config.json, its safetensors weights or its tokenizer do not exist.
+        ValueError: If the hub has no such model or cannot be reached, the weights are damaged or do not fit the
+            config, or transformers does not know the architecture.
+    """
+    folder = bundled_model_folder() if model_id == MODEL_NAME else Path(model_id).expanduser()
+    source = model_id
+    if folder.is_dir():
+        _check_folder(folder)
+        source = str(folder)
+    elif model_id.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"A model must be a hub id or a folder; found no folder '{model_id}'. Check the path.")
+    model = _load_model(model_id, source, revision, dtype, trust_remote_code)
+    tokenizer = _load_tokenizer(model_id, source, revision, trust_remote_code)
+    commit = getattr(model.config, "_commit_hash", None)
+    cast("torch.nn.Module", model).to(device).eval().requires_grad_(False)
+    return LanguageModel(model, tokenizer, model_id, commit if isinstance(commit, str) else revision)
+
+
+def _load_model(
+    model_id: str,
+    source: str,
+    revision: str | None,
+    dtype: Literal["auto"] | torch.dtype,
+    trust_remote_code: bool,
+) -> "PreTrainedModel":
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging as transformers_logging
+
+    try:
+        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        _explain_config(model_id, revision, error)
+    verbosity = transformers_logging.get_verbosity()
+    # Its report on missing and mismatched weights is a table; ours is a sentence.
+    transformers_logging.set_verbosity_error()
+    try:
+        loaded: object = AutoModelForCausalLM.from_pretrained(
+            source,
+            config=config,
+            revision=revision,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        _explain_weights(model_id, error)
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    model, info = cast("tuple[PreTrainedModel, dict[str, set[str]]]", loaded)
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise ValueError(
+            f"The weights of '{model_id}' must hold every tensor of {type(model).__name__}; {len(missing)} are missing "
+            f"({', '.join(missing[:3])}). Give a complete checkpoint of a causal language model."
+        )
+    return model
+
+
+def _load_tokenizer(
+    model_id: str, source: str, revision: str | None, trust_remote_code: bool
+) -> "PreTrainedTokenizerBase":
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise FileNotFoundError(_no_tokenizer(model_id)) from error
+    # Some tokenizer classes load without any file, and then know no token.
+    if tokenizer.vocab_size == 0:
+        raise FileNotFoundError(_no_tokenizer(model_id))
+    return tokenizer
+
+
+def _no_tokenizer(model_id: str) -> str:
+    return (
+        f"A model must come with its tokenizer (tokenizer.json and tokenizer_config.json); found none that can be read "
+        f"in '{model_id}'. Save it there with tokenizer.save_pretrained(FOLDER)."
+    )
+
+
+def _check_folder(folder: Path) -> None:
+    if not (folder / "config.json").is_file():
+        found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
+        raise FileNotFoundError(
+            f"A model's folder must hold config.json; found {found} in '{folder}'. "
+            "Give a folder that model.save_pretrained wrote."
+        )
+    for file in _weight_files(folder):
+        if not file.is_file():
+            raise FileNotFoundError(
+                f"The weights in '{folder}' must include '{file.name}', which {_INDEX} names; found no such file. "
+                "Copy or download the folder again."
+            )
+        _check_safetensors(file)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    if (folder / _WEIGHTS).is_file():
+        return [folder / _WEIGHTS]
+    if (folder / _INDEX).is_file():
+        try:
+            names = {str(name) for name in json.loads((folder / _INDEX).read_text())["weight_map"].values()}
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(
+                f"'{folder / _INDEX}' must be JSON with a weight_map; found something else ({error}). "
+                "Copy or download the folder again."
+            ) from error
+        return [folder / name for name in sorted(names)]
+    raise FileNotFoundError(_no_weights(str(folder)))
+
+
+def _no_weights(model_id: str) -> str:
+    return f"A model must have safetensors weights ({_WEIGHTS}); found none in '{model_id}': {_PICKLES_REFUSED}."
+
+
+def _check_safetensors(file: Path) -> None:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt"):
+            pass
+    except SafetensorError as error:
+        raise ValueError(
+            f"A weight file must be complete safetensors; found '{file}' truncated or damaged ({error}). "
+            "Copy or download it again."
+        ) from error
+
+
+def _explain_config(model_id: str, revision: str | None, error: Exception) -> NoReturn:
+    import transformers
+    from huggingface_hub.errors import GatedRepoError, RevisionNotFoundError
+
+    text, cause = str(error), error.__cause__
+    at = f"'{model_id}'" + (f" at revision '{revision}'" if revision else "")
+    if "trust_remote_code" in text:
+        message = (
+            f"A model must need no code of its own unless you allow it; found {at} with Python code. "
+            "If you trust its authors, read the code and pass trust_remote_code=True."
+        )
+    elif isinstance(cause, GatedRepoError):
+        message = (
+            f"Access to a model must have been granted; found {at} gated. "
+            "Accept its terms on huggingface.co and run `hf auth login`."
+        )
+    elif isinstance(cause, RevisionNotFoundError):
+        message = f"A revision must exist on the hub; found no {at}. Check the model's branches and tags."
+    elif "valid JSON" in text:
+        message = f"A model's config.json must be JSON; found something else in {at}. Copy or download it again."
+    elif isinstance(error, (ValueError, KeyError)):
+        message = (
+            f"A model must be of an architecture that transformers {transformers.__version__} knows; found {at} with "
+            f"a model_type in its config.json that is unknown or missing. Check the config, or upgrade transformers."
+        )
+    else:
+        message = (
+            f"A model must be a folder, a model on the Hugging Face hub, or in its local cache when the hub cannot be "
+            f"reached; found no {at}. Check the spelling and the network (and HF_HUB_OFFLINE), or download it first."
+        )
+    raise ValueError(message) from error
+
+
+def _explain_weights(model_id: str, error: Exception) -> NoReturn:
+    text = str(error)
+    if isinstance(error, RuntimeError):
+        raise ValueError(
+            f"The weights of '{model_id}' must have the shapes that its config.json says; found some that do not. "
+            "Take config.json and weights from the same model."
+        ) from error
+    if "trust_remote_code" in text:
+        _explain_config(model_id, None, error)
+    if "Unrecognized configuration class" in text:
+        raise ValueError(
+            f"A model must be a causal language model; found '{model_id}' of another kind, which "
+            "AutoModelForCausalLM does not load. Give a model that generates text."
+        ) from error
+    if isinstance(error, OSError):
+        raise FileNotFoundError(_no_weights(model_id)) from error
+    raise ValueError(f"'{model_id}' must load as a causal language model; transformers found: {text}") from error

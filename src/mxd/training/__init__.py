@@ -1,0 +1,1 @@
+"""Training of sparse layers by distillation on a model's activations."""

@@ -1,0 +1,136 @@
+"""What a person asks of a training run."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from mxd.layers import require_kind
+from mxd.layers.activations import activation_function
+from mxd.layers.sizing import EXPANSION
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """Which sparse layers to train, for which MLPs, on which text, and how."""
+
+    model: str
+    """Language model: a hub id, a local folder, or `bundled`."""
+    text: tuple[str, ...]
+    """Text: a hub dataset id (streamed), local .txt/.jsonl/.json/.parquet files, folders or globs, or `stdlib`."""
+    layer: tuple[int, ...]
+    """Blocks whose MLPs are decomposed, counted from 0."""
+    tokens: int
+    """Tokens to train on; short text is repeated. Counts take K, M and B, as in 480M."""
+    kind: tuple[str, ...] = ("mxd",)
+    """Kinds of layer: mxd, transcoder, skip-transcoder, topk-sae."""
+    k: tuple[int, ...] = (32,)
+    """Latents active for each token; each kind is trained at each."""
+    expansion: int = EXPANSION
+    """Parameters are matched to a transcoder with this many latents per unit of input width."""
+    num_latents: int | None = None
+    """Number of latents (experts) of every layer, instead of matched parameters."""
+    hidden: int | Literal["auto"] = "auto"
+    """Dense hidden units of an MxD; auto takes the model's own."""
+    activation: str = "auto"
+    """Activation of an MxD's dense encoder: relu, gelu, gelu_tanh, silu, sigmoid; auto takes the model's own."""
+    encoder: Literal["auto", "mlp", "glu"] = "auto"
+    """Dense encoder of an MxD; auto takes glu where the model's MLP is gated."""
+    init: Literal["paper"] = "paper"
+    """Initialisation; paper is the released one (papers.md 1.2)."""
+    init_from: str | None = None
+    """Folder of a run whose students of the same names these begin from."""
+    seeds: int = 1
+    """Number of seeds; each layer, kind and k is trained with each."""
+    seed: int = 0
+    """First seed."""
+    batch_tokens: int = 4096
+    """Tokens of one step."""
+    context: int = 128
+    """Tokens of one context of the model."""
+    buffer_tokens: int = 131_072
+    """Tokens whose activations are shuffled together; memory is this times the widths of x and target, per layer."""
+    lr: float | Literal["auto"] | dict[str, float] = "auto"
+    """Learning rate: auto (docs: by kind and width), a number, or pairs of kind and number."""
+    schedule: Literal["constant", "linear"] = "constant"
+    """What the learning rate does after warm-up: stay, or fall linearly to nothing."""
+    warmup_tokens: int | Literal["auto"] = "auto"
+    """Tokens of linear warm-up; auto is 4% of all tokens, at most 5,000 steps of 4,096."""
+    weight_decay: float = 0.0
+    """AdamW's weight decay."""
+    clip: float | None = None
+    """Largest norm of a student's gradient; none by default."""
+    aux_coefficient: float = 0.0
+    """Weight of the auxiliary loss that revives dead latents; 1/32 is usual, 0 leaves it out."""
+    aux_k: int = 512
+    """Dead latents that the auxiliary loss activates for each token, at most."""
+    dead_tokens: int = 1_000_000
+    """A latent that has not fired for this many tokens counts as dead."""
+    output_bias: Literal["zeros", "mean"] = "zeros"
+    """Where the output bias begins: at zero, or at the mean target of the first block of activations."""
+    normalize_input: bool = False
+    """Train on inputs shifted to mean 0 and scaled to mean square 1; folded into the weights when saved."""
+    special_positions: Literal["replace", "passthrough"] = "replace"
+    """What evaluation does at BOS and padding: replace the MLP there too, or keep it."""
+    eval_tokens: int = 131_072
+    """Tokens of held-out text that evaluation uses, at most."""
+    device: str = "auto"
+    """Where to train: cpu, cuda, mps; auto takes the first accelerator there is."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of the matrix products; weights stay float32. auto takes bfloat16 where the processor has it."""
+    model_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type in which the language model runs; auto is the type of its files."""
+    module: str | None = None
+    """Path of the MLPs in a family that is not listed, as in model.layers.{layer}.mlp."""
+    revision: str | None = None
+    """Revision of the model on the hub."""
+    split: str = "train"
+    """Split of a hub dataset."""
+    text_field: str = "text"
+    """Field that holds the text in .jsonl, .json, .parquet and hub rows."""
+    threads: int | None = None
+    """Threads of the CPU; all cores by default."""
+
+    def __post_init__(self) -> None:
+        for name in ("layer", "kind", "k", "text"):
+            values = getattr(self, name)
+            if not values:
+                raise ValueError(f"{name} must name at least one; got none.")
+            if len(set(values)) < len(values):
+                raise ValueError(f"{name} must name each only once; got {' '.join(map(str, values))}.")
+        for kind in self.kind:
+            require_kind(kind)
+        if self.activation != "auto":
+            activation_function(self.activation)
+        self._check_numbers()
+        self._check_learning_rates()
+
+    def _check_numbers(self) -> None:
+        counts = {"k": min(self.k), "tokens": self.tokens, "expansion": self.expansion, "seeds": self.seeds}
+        counts |= {"batch-tokens": self.batch_tokens, "buffer-tokens": self.buffer_tokens, "aux-k": self.aux_k}
+        counts |= {"dead-tokens": self.dead_tokens, "eval-tokens": self.eval_tokens}
+        optional = {"num-latents": self.num_latents, "hidden": self.hidden, "threads": self.threads}
+        counts |= {name: value for name, value in optional.items() if isinstance(value, int)}
+        for name, value in counts.items():
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1; got {value}.")
+        if self.num_latents is not None and max(self.k) > self.num_latents:
+            raise ValueError(f"k must be at most num-latents, {self.num_latents}; got {max(self.k)}.")
+        if self.context < 2:
+            raise ValueError(f"context must be at least 2 tokens; got {self.context}.")
+        for name, value in {"weight-decay": self.weight_decay, "aux-coefficient": self.aux_coefficient}.items():
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name} must be a finite number of at least 0; got {value}.")
+        if self.clip is not None and not self.clip > 0:
+            raise ValueError(f"clip must be positive; got {self.clip}.")
+
+    def _check_learning_rates(self) -> None:
+        if isinstance(self.lr, dict):
+            for kind in self.lr:
+                require_kind(kind)
+            missing = [kind for kind in self.kind if kind not in self.lr]
+            if missing:
+                raise ValueError(f"lr must give a number for every kind; {', '.join(missing)} have none.")
+        rates = self.lr.values() if isinstance(self.lr, dict) else [self.lr]
+        for rate in rates:
+            if not isinstance(rate, str) and not (math.isfinite(rate) and rate > 0):
+                raise ValueError(f"lr must be a positive number or auto; got {rate}.")

@@ -1,0 +1,66 @@
+"""Training on normalised inputs, without a trace of it in the layer that is saved."""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mxd.layers import SparseLayer
+
+
+class InputNormalization(NamedTuple):
+    """The shift and scale that give a layer's inputs mean 0 and mean square 1."""
+
+    mean: Float[Tensor, " d_in"]
+    """Mean input."""
+    scale: Float[Tensor, ""]
+    """Root mean square of the centred inputs' coordinates."""
+
+    def __call__(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
+        """Return the normalised input."""
+        return (x - self.mean) / self.scale
+
+
+def input_normalization(x: Float[Tensor, "tokens d_in"]) -> InputNormalization:
+    """Return the normalisation of these inputs.
+
+    Raises:
+        ValueError: If they do not vary or are not finite, so that there is no scale.
+    """
+    mean = x.float().mean(dim=0)
+    scale = (x.float() - mean).square().mean().sqrt()
+    if not (torch.isfinite(scale) and scale > 0):
+        raise ValueError(f"inputs must vary and be finite to be normalised; their scale is {float(scale)}.")
+    return InputNormalization(mean, scale)
+
+
+@torch.no_grad()
+def fold_input_normalization_(layer: SparseLayer, normalization: InputNormalization) -> None:
+    r"""Change the layer's weights so that it does on plain inputs what it did on normalised ones.
+
+    $W^\top (x - \mu)/s + b = (W/s)^\top x + (b - W^\top \mu / s)$ for every map that reads the input.
+
+    Raises:
+        ValueError: If the layer's kind has no maps to fold into.
+    """
+    maps = layer.input_maps()
+    require_foldable([layer])
+    for weight, bias in maps:
+        weight /= normalization.scale.to(weight.dtype)
+        bias -= normalization.mean.to(weight.dtype) @ weight
+
+
+def require_foldable(layers: Iterable[SparseLayer]) -> None:
+    """Check that every layer can take an input normalisation.
+
+    Raises:
+        ValueError: If a layer's kind has no maps to fold it into.
+    """
+    for layer in layers:
+        if not layer.input_maps():
+            raise ValueError(
+                f"normalize-input cannot be folded into a {layer.kind}, whose input and output are one space; "
+                "train this kind in a run of its own without it."
+            )

@@ -1,0 +1,66 @@
+"""What a run computes with: decided once, recorded in run.json and used again on resume."""
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+from mxd.training.config import TrainConfig
+
+WIDTH_FOR_BFLOAT16 = 256
+"""Narrowest layer for which bfloat16 products pay for their casts on a CPU (benchmarks/precision.py)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Resources:
+    """Device, precision and threads of a run."""
+
+    device: str
+    """`cpu`, `cuda`, `cuda:1`, `mps` …"""
+    precision: str
+    """Type of the students' matrix products, `float32` or `bfloat16`."""
+    threads: int
+    """Threads of the CPU."""
+
+    @property
+    def autocast(self) -> torch.dtype | None:
+        """The type for autocast; None where products stay in float32."""
+        return torch.bfloat16 if self.precision == "bfloat16" else None
+
+
+def resolve_resources(config: TrainConfig, widest: int) -> Resources:
+    """Return what the run computes with; `widest` is the largest input width of its layers.
+
+    Raises:
+        ValueError: If the device is unknown or not there.
+    """
+    device = _device(config.device)
+    threads = config.threads or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    precision = config.precision
+    if precision == "auto":
+        precision = "bfloat16" if _bfloat16_is_faster(device, widest) else "float32"
+    return Resources(device=device, precision=precision, threads=threads or 1)
+
+
+def _device(asked: str) -> str:
+    if asked == "auto":
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(0, device=asked)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"device must be one that this machine's PyTorch can use; {asked!r} is not ({_first_line(error)}). "
+            "Choose cpu, or auto."
+        ) from error
+    return asked
+
+
+def _bfloat16_is_faster(device: str, widest: int) -> bool:
+    kind = torch.device(device).type
+    if kind == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return kind == "cpu" and widest >= WIDTH_FOR_BFLOAT16 and torch.cpu._is_avx512_bf16_supported()
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__

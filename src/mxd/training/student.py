@@ -1,0 +1,197 @@
+"""A student: one sparse layer that learns one MLP."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mxd.layers import SparseLayer, SparseLayerOutput
+from mxd.losses import dead_latent_loss, distillation_loss
+from mxd.training.normalization import InputNormalization
+from mxd.training.optimizer import (
+    adamw,
+    optimizer_tensors,
+    project_gradients_,
+    renormalize_,
+    restore_optimizer_,
+)
+
+Loss = Callable[[SparseLayerOutput, Tensor], Tensor]
+"""A student's loss: a function of what its layer returned and of the target."""
+
+
+def distillation(output: SparseLayerOutput, target: Float[Tensor, "tokens d_out"]) -> Float[Tensor, ""]:
+    """Return the paper's loss of an output (`losses.distillation_loss`)."""
+    return distillation_loss(output.prediction.float(), target.float())
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StudentConfig:
+    """How one student learns."""
+
+    lr: float
+    """Learning rate after warm-up."""
+    weight_decay: float = 0.0
+    """AdamW's weight decay."""
+    clip: float | None = None
+    """Largest norm of the gradient; None leaves it as it is."""
+    aux_coefficient: float = 0.0
+    """Weight of the auxiliary loss on dead latents."""
+    aux_k: int = 512
+    """Dead latents that the auxiliary loss activates for each token, at most."""
+    dead_tokens: int = 1_000_000
+    """Tokens without firing after which a latent counts as dead."""
+
+
+class Student:
+    """One sparse layer, its optimiser, and what it has shown of itself so far.
+
+    Args:
+        id: Name within its layer, such as `mxd-k32`.
+        layer: Index of the block whose MLP it learns.
+        network: The sparse layer; trained in place.
+        config: How it learns.
+        normalization: Shift and scale of its inputs, if it trains on normalised ones.
+        loss: What it makes small.
+    """
+
+    def __init__(
+        self,
+        id: str,
+        layer: int,
+        network: SparseLayer,
+        config: StudentConfig,
+        normalization: InputNormalization | None = None,
+        loss: Loss = distillation,
+    ) -> None:
+        self.id = id
+        self.layer = layer
+        self.network = network
+        self.config = config
+        self.normalization = normalization
+        self.loss = loss
+        self.optimizer = adamw(network.parameters(), config.lr, config.weight_decay)
+        device = next(network.parameters()).device
+        self._last_fired: Int[Tensor, " num_latents"]
+        self._last_fired = torch.zeros(network.config.num_latents, dtype=torch.long, device=device)
+        self._sums = {name: torch.zeros((), device=device) for name in ("loss", "steps", "tokens", "l0")}
+        self._sums |= {name: torch.zeros((), device=device) for name in ("error", "square")}
+        self._sums["target"] = torch.zeros(network.config.d_out, device=device)
+        self.first_bad_step: Int[Tensor, ""] = torch.full((), -1, dtype=torch.long, device=device)
+        """The first step whose loss was not finite, or -1."""
+
+    @property
+    def name(self) -> str:
+        """The student's name within its run: `<layer>/<id>`."""
+        return f"{self.layer}/{self.id}"
+
+    def step(
+        self,
+        step: int,
+        x: Float[Tensor, "tokens d_in"],
+        target: Float[Tensor, "tokens d_out"],
+        is_content: Tensor,
+        *,
+        lr_factor: float,
+        autocast: torch.dtype | None,
+    ) -> None:
+        """Learn from one batch; reads nothing back from the device."""
+        tokens_before = step * len(x)
+        if self.network.reads == "output":
+            x = target
+        if self.normalization is not None:
+            x = self.normalization(x)
+        with torch.autocast(x.device.type, autocast, enabled=autocast is not None):
+            output = self.network(x)
+            loss = self.loss(output, target)
+            if self.config.aux_coefficient:
+                loss = loss + self.config.aux_coefficient * self._dead_latent_loss(tokens_before, x, target, output)
+        loss.backward()
+        project_gradients_(self.network.unit_length_tables())
+        if self.config.clip is not None:
+            torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.config.clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.lr * lr_factor
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        renormalize_(self.network.unit_length_tables())
+        self._observe(step, tokens_before + len(x), output, target, is_content, loss.detach())
+
+    def _dead_latent_loss(
+        self, tokens_before: int, x: Tensor, target: Tensor, output: SparseLayerOutput
+    ) -> Float[Tensor, ""]:
+        dead = (tokens_before - self._last_fired >= self.config.dead_tokens).nonzero().squeeze(1)
+        if len(dead) == 0:
+            return x.new_zeros(())
+        code = self.network.encode_among(x, dead, min(self.config.aux_k, len(dead)))
+        prediction = self.network.decode(x, code) - self.network.base(x)
+        return dead_latent_loss(target.float() - output.prediction.float(), prediction.float())
+
+    @torch.no_grad()
+    def _observe(
+        self, step: int, tokens_after: int, output: SparseLayerOutput, target: Tensor, is_content: Tensor, loss: Tensor
+    ) -> None:
+        values, indices = output.code
+        fired_at = torch.where(values > 0, tokens_after, 0).flatten()
+        self._last_fired.scatter_reduce_(0, indices.flatten(), fired_at, "amax")
+        kept = target.float() * is_content[:, None]
+        error = (output.prediction.float() - target.float()) * is_content[:, None]
+        additions = {
+            "loss": loss,
+            "steps": 1,
+            "tokens": is_content.sum(),
+            "l0": ((values > 0).sum(-1) * is_content).sum(),
+            "error": error.square().sum(),
+            "square": kept.square().sum(),
+            "target": kept.sum(0),
+        }
+        for name, addition in additions.items():
+            self._sums[name] += addition
+        is_first = (self.first_bad_step < 0) & ~torch.isfinite(loss)
+        self.first_bad_step = torch.where(is_first, step, self.first_bad_step)
+
+    def read_metrics(self, tokens: int) -> dict[str, float]:
+        """Return loss, fvu and l0 since the last reading, over content tokens, and the share of dead latents now.
+
+        Args:
+            tokens: Tokens trained on by now.
+        """
+        sums = {name: value.double().cpu() for name, value in self._sums.items()}
+        for value in self._sums.values():
+            value.zero_()
+        content = sums["tokens"].clamp_min(1)
+        variance = sums["square"] - sums["target"].square().sum() / content
+        dead = (tokens - self._last_fired >= self.config.dead_tokens).double().mean()
+        return {
+            "loss": float(sums["loss"] / sums["steps"].clamp_min(1)),
+            "fvu": float(sums["error"] / variance),
+            "l0": float(sums["l0"] / content),
+            "dead_fraction": float(dead),
+        }
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return everything that a resumed student needs, by name."""
+        state = {f"layer.{name}": tensor for name, tensor in self.network.state_dict().items()}
+        state |= {f"optimizer.{name}": tensor for name, tensor in optimizer_tensors(self.optimizer).items()}
+        state |= {f"sums.{name}": tensor for name, tensor in self._sums.items()}
+        if self.normalization is not None:
+            state |= {f"normalization.{name}": tensor for name, tensor in self.normalization._asdict().items()}
+        return state | {"last_fired": self._last_fired}
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put back what `tensors` gave."""
+        device = self._last_fired.device
+
+        def part(prefix: str) -> dict[str, Tensor]:
+            return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+        self.network.load_state_dict(part("layer."))
+        restore_optimizer_(self.optimizer, part("optimizer."))
+        self._sums = {name: value.to(device) for name, value in part("sums.").items()}
+        self._last_fired = tensors["last_fired"].to(device)
+        normalization = part("normalization.")
+        if normalization:
+            moved = {name: value.to(device) for name, value in normalization.items()}
+            self.normalization = InputNormalization(**moved)

@@ -1,0 +1,168 @@
+from collections.abc import Callable
+from functools import cache
+from typing import NamedTuple, cast
+
+import pytest
+import torch
+import transformers as hf
+from torch import Tensor, nn
+
+from mxd.models import (
+    MLP_SITES,
+    ablate_mlp,
+    capture_mlp,
+    find_mlp,
+    mlp_pairs,
+    num_layers,
+    replace_mlp,
+)
+
+IDS = torch.randint(3, 97, (2, 7), generator=torch.Generator().manual_seed(0))
+TOKENS: dict[str, object] = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+SIZES = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, **TOKENS}
+LLAMA = {**SIZES, "intermediate_size": 48, "num_key_value_heads": 2, "max_position_embeddings": 64}
+GEMMA = {**LLAMA, "head_dim": 8}
+EXPERTS = {**GEMMA, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 20}
+GPT = {"vocab_size": 97, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64, **TOKENS}
+NEO_ATTENTION = {"attention_types": [[["global", "local", "global"], 1]]}
+NEO = {"vocab_size": 97, "hidden_size": 32, "num_layers": 3, "num_heads": 4, **NEO_ATTENTION, **TOKENS}
+NEOX = {**SIZES, "intermediate_size": 48}
+OPT = {**SIZES, "ffn_dim": 48}
+EYES = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "image_size": 28}
+GEMMA3: dict[str, object] = {"text_config": GEMMA, "vision_config": EYES, "image_token_id": 96}
+
+
+class Family(NamedTuple):
+    model_type: str
+    settings: dict[str, object]
+    d_hidden: int
+    activation: str | None
+    gated: bool
+
+
+FAMILIES = {
+    "bloom": Family("bloom", {"vocab_size": 97, "hidden_size": 32, "n_layer": 3, "n_head": 4}, 128, "gelu_tanh", False),
+    "cohere": Family("cohere", LLAMA, 48, "silu", True),
+    "falcon": Family("falcon", {**SIZES, "ffn_hidden_size": 48}, 48, "gelu", False),
+    "falcon-sequential": Family("falcon", {**SIZES, "parallel_attn": False, "bias": True}, 128, "gelu", False),
+    "falcon-new": Family("falcon", {**SIZES, "new_decoder_architecture": True, "num_kv_heads": 2}, 128, "gelu", False),
+    "gemma": Family("gemma", GEMMA, 48, "gelu_tanh", True),
+    "gemma2": Family("gemma2", GEMMA, 48, "gelu_tanh", True),
+    "gemma3": Family("gemma3", GEMMA3, 48, "gelu_tanh", True),
+    "gemma3_text": Family("gemma3_text", GEMMA, 48, "gelu_tanh", True),
+    "gpt2": Family("gpt2", GPT, 128, "gelu_tanh", False),
+    "gpt2-square": Family("gpt2", {**GPT, "n_inner": 32, "activation_function": "relu"}, 32, "relu", False),
+    "gpt2-other": Family("gpt2", {**GPT, "activation_function": "tanh"}, 128, None, False),
+    "gpt_neo": Family("gpt_neo", NEO, 128, "gelu_tanh", False),
+    "gpt_neox": Family("gpt_neox", NEOX, 48, "gelu", False),
+    "gpt_neox-sequential": Family("gpt_neox", {**NEOX, "use_parallel_residual": False}, 48, "gelu", False),
+    "gptj": Family("gptj", {**GPT, "rotary_dim": 4}, 128, "gelu_tanh", False),
+    "granite": Family("granite", LLAMA, 48, "silu", True),
+    "llama": Family("llama", LLAMA, 48, "silu", True),
+    "llama-square": Family("llama", {**LLAMA, "intermediate_size": 32}, 32, "silu", True),
+    "mistral": Family("mistral", LLAMA, 48, "silu", True),
+    "mixtral": Family("mixtral", {**LLAMA, "num_local_experts": 4}, 96, "silu", True),
+    "olmo": Family("olmo", LLAMA, 48, "silu", True),
+    "olmo2": Family("olmo2", LLAMA, 48, "silu", True),
+    "opt": Family("opt", {**OPT, "word_embed_proj_dim": 32}, 48, "relu", False),
+    "opt-post-norm": Family(
+        "opt", {**OPT, "word_embed_proj_dim": 16, "do_layer_norm_before": False}, 48, "relu", False
+    ),
+    "phi": Family("phi", LLAMA, 48, "gelu_tanh", False),
+    "phi3": Family("phi3", LLAMA, 48, "silu", True),
+    "qwen2": Family("qwen2", LLAMA, 48, "silu", True),
+    "qwen2_moe": Family("qwen2_moe", {**EXPERTS, "shared_expert_intermediate_size": 24}, 64, "silu", True),
+    "qwen2_moe-dense": Family("qwen2_moe", {**EXPERTS, "mlp_only_layers": [2]}, 48, "silu", True),
+    "qwen3": Family("qwen3", GEMMA, 48, "silu", True),
+    "qwen3_moe": Family("qwen3_moe", EXPERTS, 40, "silu", True),
+    "smollm3": Family("smollm3", LLAMA, 48, "silu", True),
+    "stablelm": Family("stablelm", LLAMA, 48, "silu", True),
+    "stablelm-parallel": Family("stablelm", {**LLAMA, "use_parallel_residual": True}, 48, "silu", True),
+    "starcoder2": Family("starcoder2", LLAMA, 48, "gelu_tanh", False),
+}
+every_family = pytest.mark.parametrize("name", FAMILIES)
+
+
+def build(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    config = hf.AutoConfig.for_model(FAMILIES[name].model_type, **FAMILIES[name].settings)
+    model = cast("nn.Module", hf.AutoModelForCausalLM.from_config(config))
+    for parameter in model.parameters():
+        # Large and without zeros, so that a wrong MLP or a lost bias cannot go unseen.
+        nn.init.normal_(parameter, std=0.2)
+    return model.eval().requires_grad_(False)
+
+
+@cache
+def model_of(name: str) -> nn.Module:
+    return build(name)
+
+
+def logits(model: nn.Module, ids: Tensor = IDS) -> Tensor:
+    with torch.no_grad():
+        return model(input_ids=ids, use_cache=False).logits
+
+
+def generate(model: nn.Module) -> Tensor:
+    method = cast("Callable[..., Tensor]", model.generate)
+    tokens = {"max_new_tokens": 4, "min_new_tokens": 4}
+    return method(IDS, attention_mask=torch.ones_like(IDS), do_sample=False, use_cache=True, **tokens)
+
+
+def zeros(x: Tensor) -> Tensor:
+    return torch.zeros_like(x)
+
+
+def forwards(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if "forward" in vars(module)]
+
+
+def test_every_listed_family_is_tested() -> None:
+    assert {family.model_type for family in FAMILIES.values()} == set(MLP_SITES)
+
+
+@every_family
+def test_facts(name: str) -> None:
+    model, family = model_of(name), FAMILIES[name]
+    assert num_layers(model) == 3
+    site = find_mlp(model, 2)
+    assert (site.layer, site.d_in, site.d_hidden, site.d_out) == (2, 32, family.d_hidden, 32)
+    assert (site.activation, site.gated) == (family.activation, family.gated)
+    assert ".2" in site.path
+
+
+@every_family
+def test_capture_and_self_replacement(name: str) -> None:
+    model = model_of(name)
+    before = logits(model)
+    sites = {layer: find_mlp(model, layer) for layer in range(3)}
+    with capture_mlp(model, range(3)) as pairs:
+        torch.testing.assert_close(logits(model), before, rtol=0, atol=0)
+    for layer, (x, target) in pairs.items():
+        assert x.shape == target.shape == (2, 7, 32)
+        torch.testing.assert_close(sites[layer](x), target, rtol=0, atol=0)
+    with replace_mlp(model, sites):
+        torch.testing.assert_close(logits(model), before, rtol=0, atol=0)
+    early = mlp_pairs(model, IDS, [0, 1])
+    for layer in early:
+        torch.testing.assert_close(early[layer], pairs[layer], rtol=0, atol=0)
+    assert forwards(model) == []
+    torch.testing.assert_close(logits(model), before, rtol=0, atol=0)
+
+
+@every_family
+def test_replacement_ablation_and_generation(name: str) -> None:
+    model = model_of(name)
+    before = logits(model)
+    with replace_mlp(model, {1: zeros}):
+        replaced = logits(model)
+    with ablate_mlp(model, {1: None}):
+        torch.testing.assert_close(logits(model), replaced, rtol=0, atol=0)
+    assert not torch.allclose(replaced, before)
+    third = find_mlp(model, 2)
+    with replace_mlp(model, {1: third}), capture_mlp(model, [1, 2]) as pairs:
+        assert not torch.allclose(logits(model), before)
+    torch.testing.assert_close(pairs[1].target, third(pairs[1].x), rtol=0, atol=0)
+    expected = generate(model)
+    with replace_mlp(model, {0: find_mlp(model, 0), 2: third}, passthrough=[5]):
+        assert torch.equal(generate(model), expected)

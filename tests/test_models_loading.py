@@ -1,0 +1,121 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as hf
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+
+from mxd.models import load_language_model
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    config = hf.GPT2Config(vocab_size=97, n_embd=8, n_layer=1, n_head=2, n_positions=16, bos_token_id=0, eos_token_id=1)
+    config.dtype = torch.bfloat16
+    hf.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    words = Tokenizer(WordLevel({"<unk>": 0, "a": 1}, unk_token="<unk>"))
+    hf.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>").save_pretrained(tmp_path)
+    return tmp_path
+
+
+def edit_config(folder: Path, **changes: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_a_folder_loads_frozen_and_in_evaluation_mode(folder: Path) -> None:
+    loaded = load_language_model(str(folder))
+    assert not loaded.model.training
+    assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
+    assert loaded.model.dtype == torch.bfloat16
+    assert loaded.tokenizer("a")["input_ids"] == [1]
+    assert (loaded.id, loaded.revision) == (str(folder), None)
+    assert load_language_model(str(folder), dtype=torch.float32).model.dtype == torch.float32
+
+
+def test_importing_models_does_not_import_transformers() -> None:
+    code = "import sys, mxd.models; sys.exit('transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_pickled_weights_are_refused(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    torch.save(load_file(weights), folder / "pytorch_model.bin")
+    weights.unlink()
+    with pytest.raises(FileNotFoundError, match=r"found none in .*\.bin, \.pt .*refused.*save_pretrained"):
+        load_language_model(str(folder))
+
+
+@pytest.mark.parametrize("damage", ["truncated", "garbage"])
+def test_damaged_weights_are_named(folder: Path, damage: str) -> None:
+    weights = folder / "model.safetensors"
+    data = weights.read_bytes()
+    weights.write_bytes(data[: len(data) // 2] if damage == "truncated" else b"no weights at all")
+    with pytest.raises(ValueError, match=r"found '.*model\.safetensors' truncated or damaged"):
+        load_language_model(str(folder))
+
+
+def test_a_missing_shard_is_named(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors"}}))
+    with pytest.raises(FileNotFoundError, match="must include 'model-00001-of-00002"):
+        load_language_model(str(folder))
+    index.write_text("[]")
+    with pytest.raises(ValueError, match="must be JSON with a weight_map"):
+        load_language_model(str(folder))
+
+
+def test_weights_that_do_not_fit_are_refused(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    del weights["transformer.h.0.mlp.c_fc.bias"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"1 are missing \(transformer\.h\.0\.mlp\.c_fc\.bias\)"):
+        load_language_model(str(folder))
+    edit_config(folder, n_inner=5)
+    with pytest.raises(ValueError, match="the shapes that its config"):
+        load_language_model(str(folder))
+
+
+def test_a_missing_tokenizer_is_reported(folder: Path) -> None:
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(FileNotFoundError, match="must come with its tokenizer"):
+        load_language_model(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "frobnicator"}, "architecture that transformers .* knows"),
+        ({"model_type": "vit"}, "must be a causal language model"),
+        ({"model_type": "frob", "auto_map": {"AutoConfig": "conf.C"}}, "trust_remote_code=True"),
+    ],
+)
+def test_unknown_architectures_are_refused(folder: Path, changes: dict[str, object], message: str) -> None:
+    edit_config(folder, **changes)
+    with pytest.raises(ValueError, match=message):
+        load_language_model(str(folder))
+
+
+def test_a_broken_config_is_reported(folder: Path) -> None:
+    (folder / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json must be JSON"):
+        load_language_model(str(folder))
+    (folder / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"must hold config\.json; found .*model\.safetensors"):
+        load_language_model(str(folder))
+
+
+def test_ids_that_lead_nowhere(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="found no folder"):
+        load_language_model(str(tmp_path / "nothing"))
+    for model_id in ("nobody-at-all/nothing-at-all", "no such thing"):
+        with pytest.raises(ValueError, match=f"found no '{model_id}'"):
+            load_language_model(model_id)

@@ -1,0 +1,267 @@
+import dataclasses
+import io
+import json
+import math
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from mxd.atomic import JSON
+from mxd.evaluation.curves import draw_curves, read_curves
+from mxd.evaluation.drawing import compact, describe, split_student
+from mxd.evaluation.frontier import draw_frontier, frontier_svg
+from mxd.evaluation.report import ExpertExample, ExpertPage, write_report
+from mxd.evaluation.rows import EvaluationRow
+from mxd.evaluation.tables import COLUMNS, format_table, group_rows, markdown_table
+
+VOID = {"meta", "br", "hr", "img", "link", "input", "path", "use", "rect", "circle"}
+
+
+def row(kind: str = "mxd", k: int = 32, layer: int = 8, ce_increase: float = 0.0123, seed: int = 0) -> EvaluationRow:
+    return EvaluationRow(
+        id=f"{kind}-k{k}" + (f"-seed{seed}" if seed else ""),
+        model="gpt2",
+        layer=layer,
+        kind=kind,
+        k=k,
+        num_latents=21_490,
+        d_hidden=3072 if kind == "mxd" else None,
+        activation="gelu" if kind == "mxd" else None,
+        init="paper",
+        seed=seed,
+        parameters=37_751_808 if kind == "mxd" else 37_770_000,
+        flops_per_token=42_500_000,
+        tokens_trained=20_000_000,
+        tokens_evaluated=262_144,
+        l0=k - 0.5,
+        nmse=abs(ce_increase) * 6,
+        fvu=abs(ce_increase) * 7,
+        ce_base=3.6,
+        ce=3.6 + ce_increase,
+        ce_increase=ce_increase,
+        ce_zero=3.8,
+        loss_recovered=1 - ce_increase / 0.2,
+        kl=abs(ce_increase),
+        dead_fraction=0.125,
+        specialisation=0.3 if kind == "mxd" else None,
+    )
+
+
+def frontier(ks: tuple[int, ...], layers: tuple[int, ...] = (8,), shift: float = 0.0) -> list[EvaluationRow]:
+    losses = {"mxd": 0.003, "transcoder": 0.12, "another-kind": 0.01}
+    return [
+        row(kind, k, layer, loss / math.sqrt(k) - shift)
+        for layer in layers
+        for kind, loss in losses.items()
+        for k in ks
+    ]
+
+
+def together() -> EvaluationRow:
+    nothing = dict.fromkeys(["layer", "k", "num_latents", "d_hidden", "activation", "init", "seed", "parameters"])
+    unmeasured = dict.fromkeys(["flops_per_token", "tokens_trained", "l0", "nmse", "fvu", "dead_fraction"])
+    return dataclasses.replace(row(), id="together", kind="together", specialisation=None, **nothing, **unmeasured)
+
+
+def records(steps: int = 500) -> list[dict[str, JSON]]:
+    fvu = [[math.exp(-step / 100) / k + 0.01 for k in (16, 64)] for step in range(steps)]
+    return [
+        {"step": step, "tokens": 4096 * step, "students": {"mxd-k16": {"fvu": low}, "mxd-k64": {"fvu": high}}}
+        for step, (low, high) in enumerate(fvu)
+    ]
+
+
+class Page(HTMLParser):
+    """Checks that every element is closed, in order, and gathers text and attributes."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.ids: list[str] = []
+        self.addresses: list[str] = []
+        self.text = ""
+        self.feed(html)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        values = dict(attrs)
+        self.ids += [value for name, value in attrs if name == "id" and value]
+        self.addresses += [values[name] or "" for name in ("src", "href", "xlink:href") if name in values]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_a_row_survives_json() -> None:
+    for original in (row(), row("transcoder"), together()):
+        assert EvaluationRow.from_json(json.loads(json.dumps(original.to_json()))) == original
+    diverged = dataclasses.replace(row(), ce=math.nan, fvu=math.inf)
+    read = EvaluationRow.from_json(json.loads(json.dumps(diverged.to_json(), allow_nan=False)) | {"later": 1})
+    assert math.isnan(read.ce)
+    assert read.fvu is None
+
+
+@pytest.mark.parametrize(("change", "message"), [({"k": "32"}, "'k'"), ({"kind": None}, "'kind'")])
+def test_a_row_of_another_shape_is_refused(change: dict[str, JSON], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        EvaluationRow.from_json(row().to_json() | change)
+    with pytest.raises(ValueError, match="ce_base"):
+        EvaluationRow.from_json({key: value for key, value in row().to_json().items() if key != "ce_base"})
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        pytest.param(frontier((32,)), id="one K"),
+        pytest.param(frontier((16, 64)), id="two Ks"),
+        pytest.param(frontier((16, 32, 64, 128, 256)), id="five Ks"),
+        pytest.param(frontier((16, 32, 64), layers=(4, 8), shift=0.002), id="negative increases, two layers"),
+        pytest.param([*frontier((16, 32, 64)), row(k=16, seed=1), together()], id="two seeds, all layers together"),
+        pytest.param([row(ce_increase=0.0)], id="a single perfect student"),
+        pytest.param([row(ce_increase=math.nan)], id="a diverged student"),
+    ],
+)
+def test_the_frontier_is_a_picture(rows: list[EvaluationRow], tmp_path: Path) -> None:
+    path = tmp_path / "frontier.png"
+    draw_frontier(rows, path)
+    assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    assert path.stat().st_size > 10_000
+    assert [file.name for file in tmp_path.iterdir()] == ["frontier.png"]
+
+
+def test_there_must_be_something_to_draw(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="row with a layer"):
+        draw_frontier([together()], tmp_path / "frontier.png")
+    with pytest.raises(ValueError, match="curve"):
+        draw_curves([], tmp_path / "curves.png")
+
+
+def test_a_panel_for_the_page_takes_its_colours_from_the_page() -> None:
+    panel = frontier_svg(frontier((16, 32, 64)), 8, "nmse")
+    assert panel == frontier_svg(frontier((16, 32, 64)), 8, "nmse")
+    assert "var(--kind-mxd, #0072b2)" in panel
+    assert "var(--ink, #1f2328)" in panel
+    assert Page(panel).tags[0] == "svg"
+
+
+def test_curves_are_thinned_to_means(tmp_path: Path) -> None:
+    broken: list[dict[str, JSON]] = [
+        {"step": 600, "tokens": 1, "students": {"mxd-k16": {"fvu": None}}},
+        {"step": 601},
+    ]
+    curves = read_curves([*records(500), *broken])
+    assert [curve.student for curve in curves] == ["mxd-k16", "mxd-k64"]
+    assert len(curves[0].fvu) == 167
+    assert curves[0].tokens[0] == 4096
+    assert curves[0].fvu[0] == pytest.approx(sum(math.exp(-step / 100) / 16 + 0.01 for step in range(3)) / 3)
+    draw_curves(curves, tmp_path / "curves.png", subtitle="gpt2")
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
+
+
+def test_the_best_of_the_same_layer_and_k_is_marked() -> None:
+    better, worse = row(ce_increase=-0.001), row("transcoder", ce_increase=0.02)
+    groups = group_rows([worse, better, row(k=64), together()])
+    assert [len(group.lines) for group in groups] == [2, 1, 1]
+    first, second = (
+        {column.field: cell for column, cell in zip(COLUMNS, line.cells, strict=True)} for line in groups[0].lines
+    )
+    assert second["ce_increase"].text == "−0.0010"
+    assert first["ce_increase"].text == "+0.0200"
+    assert second["loss_recovered"].text == "100.50%"
+    assert [name for name, cell in second.items() if cell.best] == [
+        "fvu",
+        "nmse",
+        "ce_increase",
+        "loss_recovered",
+        "kl",
+    ]
+    assert not any(cell.best for cell in (*first.values(), *groups[1].lines[0].cells))
+
+
+def test_tables_of_text_hold_the_numbers() -> None:
+    rows = [row(), row("transcoder", ce_increase=0.0456), row(layer=4), together()]
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(format_table(rows))
+    text = console.export_text()
+    for expected in ("MxD", "Transcoder", "Layer 4", "Layer 8", "All layers", "+0.0123", "+0.0456", "37.8M", "12.5%"):
+        assert expected in text
+    assert "…" not in text
+    markdown = markdown_table(rows).splitlines()
+    assert len(markdown) == 2 + len(rows)
+    assert len({line.count("|") for line in markdown}) == 1
+    assert "**+0.0123**" in markdown[3] + markdown[4]
+
+
+def test_the_report_is_whole_and_escapes_what_it_shows(tmp_path: Path) -> None:
+    evil = "<script>alert(1)</script>"
+    tokens = ["def", " f", "(x)", ":\n", "\treturn", evil, "\x00\r\n"]
+    example = ExpertExample(tokens, [0.0, 0.0, 1.5, 0.0, 0.25, 3.0, 0.0], 5)
+    rows = [*frontier((16, 32, 64)), *frontier((16,), layers=(4,)), together()]
+    write_report(
+        tmp_path / "report.html",
+        title=f"Two layers {evil}",
+        facts={"Model": "gpt2", evil: evil},
+        rows=rows,
+        curves=read_curves(records(20)),
+        experts=[ExpertPage(7, 0.002, 3.0, [example] * 5), ExpertPage(9, 0.0, 0.0, [])],
+        experts_of="mxd-k32",
+        notes=[evil],
+        footer="mxd 0.1.0",
+    )
+    html = (tmp_path / "report.html").read_text(encoding="utf-8")
+    page = Page(html)
+    assert html.startswith("<!doctype html>")
+    assert "script" not in page.tags
+    assert page.text.count(evil) == 1 + 1 + 2 + 1 + 5
+    # Tokens keep their spaces; a line break is one, and shown as one.
+    assert "(x):\n\treturn" + evil + "␀\n" in page.text
+    assert page.tags.count("mark") == 5
+    assert page.tags.count("tr") == 1 + len(rows) + 2
+    assert "fires on 0.2% of tokens" in page.text
+    assert "Two experts of mxd-k32" in page.text
+    assert all(address.startswith("#") for address in page.addresses)
+    assert len({name for name in page.ids if not name.startswith(("m", "p", "C"))}) == 4 + 2
+    assert page.tags.count("svg") == 4 + 1
+
+
+def test_a_long_context_is_cut_around_its_peak(tmp_path: Path) -> None:
+    example = ExpertExample([f" w{i}" for i in range(128)], [float(i == 64) for i in range(128)], 64)
+    path = tmp_path / "report.html"
+    write_report(path, title="t", facts={}, rows=[], experts=[ExpertPage(0, 0.1, 1.0, [example])])
+    text = Page(path.read_text(encoding="utf-8")).text
+    assert "… w36 w37" in text
+    assert "w78…" in text
+    assert "Results" not in text
+
+
+def test_names_and_counts() -> None:
+    assert split_student("mxd-k16-h64-seed1") == ("mxd-h64", 16)
+    assert split_student("topk-sae-k256") == ("topk-sae", 256)
+    assert [compact(count) for count in (37_751_808, 999_999, 480e6, 999, 0)] == ["37.8M", "1M", "480M", "999", "0"]
+    assert describe([row(), row("transcoder")]).startswith("37.8M parameters each · trained on 20M tokens")
+    assert describe([row(), dataclasses.replace(row(), parameters=10_000_000)]).startswith("10M–37.8M parameters each")
+
+
+def test_nothing_draws_at_import() -> None:
+    modules = ["collect", "curves", "drawing", "frontier", "report", "rows", "specialisation", "tables"]
+    imports = "; ".join(f"import mxd.evaluation.{module}" for module in modules)
+    check = f"import sys; {imports}; assert not {{'matplotlib', 'transformers', 'datasets'}} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", check], check=True)
