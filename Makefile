@@ -36,6 +36,7 @@ bundled-model: $(INSTALLED) ## Train the bundled model (hours), or go on where t
 	$(BIN)/python scripts/write_bundled_card.py --run $(MODEL_RUN) --out $(MODEL) \
 		--hardware "$(HARDWARE)" --date "$(DATE)"
 	cp $(MODEL_RUN)/model/* $(MODEL)/
+	chmod a+r $(MODEL)/*
 
 clean: ## Remove .venv, caches and the demo's run; trained models and other runs stay.
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis .import_linter_cache demo-run dist

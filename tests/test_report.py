@@ -44,10 +44,17 @@ def row(kind: str = "mxd", k: int = 32, layer: int = 8, ce_increase: float = 0.0
         ce=3.6 + ce_increase,
         ce_increase=ce_increase,
         ce_zero=3.8,
+        ce_mean=3.75,
+        bits_per_byte_base=1.18,
+        bits_per_byte=1.18 + ce_increase / 3,
         loss_recovered=1 - ce_increase / 0.2,
         kl=abs(ce_increase),
         dead_fraction=0.125,
         specialisation=0.3 if kind == "mxd" else None,
+        specialisation_constant_gain=0.4 if kind == "mxd" else None,
+        special_positions="replace",
+        nmse_all_positions=None,
+        fvu_all_positions=None,
     )
 
 
@@ -64,7 +71,8 @@ def frontier(ks: tuple[int, ...], layers: tuple[int, ...] = (8,), shift: float =
 def together() -> EvaluationRow:
     nothing = dict.fromkeys(["layer", "k", "num_latents", "d_hidden", "activation", "init", "seed", "parameters"])
     unmeasured = dict.fromkeys(["flops_per_token", "tokens_trained", "l0", "nmse", "fvu", "dead_fraction"])
-    return dataclasses.replace(row(), id="together", kind="together", specialisation=None, **nothing, **unmeasured)
+    unmeasured |= dict.fromkeys(["specialisation", "specialisation_constant_gain", "ce_mean"])
+    return dataclasses.replace(row(), id="together", kind="together", **nothing, **unmeasured)
 
 
 def records(steps: int = 500) -> list[dict[str, JSON]]:

@@ -2,6 +2,7 @@
 
 from mxd.checkpoint import load_layer as load
 from mxd.checkpoint import save_layer as save
+from mxd.hub import from_pretrained, push_to_hub
 from mxd.layers import (
     LAYERS,
     MixtureOfDecoders,
@@ -32,9 +33,11 @@ __all__ = [
     "ablate_mlp",
     "capture_mlp",
     "find_mlp",
+    "from_pretrained",
     "load",
     "load_language_model",
     "mlp_pairs",
+    "push_to_hub",
     "replace_mlp",
     "save",
 ]

@@ -1,4 +1,4 @@
-"""A layer as a folder: `config.json` and `model.safetensors`, on disk or on the Hugging Face hub. Nothing is unpickled.
+"""A layer as a folder: `config.json` and `model.safetensors`. Nothing is ever unpickled.
 
 `config.json` holds everything that is not a tensor: the kind, its configuration, where the layer belongs (model,
 revision, block, module path) and the weights' checksum. Tensors are stored `(in, out)` and row-contiguous, whatever
@@ -10,13 +10,13 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import cast
+from typing import Literal, cast, get_args, get_origin
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-from mxd.atomic import write_bytes_atomically, write_json_atomically
+from mxd.atomic import json_text, partial_path, sync_file, sync_folder
 from mxd.layers import SparseLayer, require_kind
 
 FORMAT_VERSION = 1
@@ -61,7 +61,9 @@ class Checkpoint:
 
 
 def save_layer(layer: SparseLayer, folder: str | Path, provenance: Provenance | None = None) -> None:
-    """Write a layer's two files; each appears whole or not at all, and equal layers give equal bytes.
+    """Write a layer's two files; a layer that was there stays whole until both are written.
+
+    Equal layers give equal bytes.
 
     Args:
         layer: The layer; it is moved to the CPU for writing and stays as it is.
@@ -69,13 +71,15 @@ def save_layer(layer: SparseLayer, folder: str | Path, provenance: Provenance | 
         provenance: Where the layer belongs, if it is known.
 
     Raises:
-        ValueError: If the layer's kind is not registered, so that the folder could not be loaded.
+        ValueError: If the folder could not be loaded: the layer's kind is not registered, or its weights have
+            several types.
         OSError: If the folder cannot be written.
     """
     require_kind(layer.kind)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in layer.state_dict().items()}
+    _require_one_dtype(layer.kind, tensors)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in layer.state_dict().items()}
     weights = save(tensors)
     config = {
         "format": "mxd",
@@ -85,36 +89,49 @@ def save_layer(layer: SparseLayer, folder: str | Path, provenance: Provenance | 
         "provenance": asdict(provenance or Provenance()),
         "weights_sha256": hashlib.sha256(weights).hexdigest(),
     }
-    write_bytes_atomically(folder / WEIGHTS_FILE, weights)
-    write_json_atomically(folder / CONFIG_FILE, config)
+    _write_together({folder / WEIGHTS_FILE: weights, folder / CONFIG_FILE: json_text(config).encode()})
 
 
-def load_layer(source: str | Path, *, subfolder: str = "", revision: str | None = None) -> SparseLayer:
-    """Return a layer from a local folder or from the hub, in evaluation mode, on the CPU, in the type it was saved in.
+def _write_together(files: Mapping[Path, bytes]) -> None:
+    """Write files such that a failure (disk full, no permission) leaves all the old ones; readers see no half file."""
+    try:
+        for path, content in files.items():
+            partial = partial_path(path)
+            partial.write_bytes(content)
+            sync_file(partial)
+        for path in files:
+            partial_path(path).replace(path)
+    finally:
+        for path in files:
+            partial_path(path).unlink(missing_ok=True)
+    for folder in {path.parent for path in files}:
+        sync_folder(folder)
+
+
+def load_layer(path: str | Path) -> SparseLayer:
+    """Return a layer from a local folder, in evaluation mode, on the CPU, in the type it was saved in.
 
     Args:
-        source: A folder that `save_layer` wrote, a run's folder with a single student, or a hub id.
-        subfolder: Folder of the layer below the source, as in `layers/8/mxd-k32`.
-        revision: Revision on the hub; the newest where it is None.
+        path: A folder that `save_layer` wrote, such as `RUN/layers/8/mxd-k32`, or a run with a single layer.
 
     Raises:
-        FileNotFoundError: If there is no such folder or repository, or a file is missing in it.
+        FileNotFoundError: If there is no such folder, or a file is missing in it.
         ValueError: If a file is damaged, is not what its checksum says, has unknown keys or non-finite weights.
     """
-    return load_checkpoint(source, subfolder=subfolder, revision=revision).layer
+    return load_checkpoint(path).layer
 
 
-def load_checkpoint(source: str | Path, *, subfolder: str = "", revision: str | None = None) -> Checkpoint:
+def load_checkpoint(path: str | Path) -> Checkpoint:
     """Return a layer with its provenance; see `load_layer`."""
-    folder = _layer_folder(source, subfolder, revision)
+    folder = _layer_folder(Path(path))
     config = _read_config(folder / CONFIG_FILE)
     layer_kind = require_kind(cast(str, config["kind"]))
+    for place, described in {"layer": layer_kind.config, "provenance": Provenance}.items():
+        found = cast(Mapping[str, object], config[place])
+        _require_fields(folder / CONFIG_FILE, place, found, {field.name for field in fields(described)})
+        _require_types(folder / CONFIG_FILE, described, found)
     layer_fields = cast(dict[str, object], config["layer"])
-    _require_fields(folder / CONFIG_FILE, "layer", layer_fields, {field.name for field in fields(layer_kind.config)})
     provenance_fields = cast(dict[str, object], config["provenance"])
-    known = {field.name for field in fields(Provenance)}
-    _require_fields(folder / CONFIG_FILE, "provenance", provenance_fields, known)
-    _require_types(folder / CONFIG_FILE, layer_kind.config, layer_fields)
     with torch.random.fork_rng(devices=[]):
         layer = layer_kind.layer(layer_kind.config(**layer_fields))  # pyright: ignore[reportCallIssue]
     tensors = _read_weights(folder / WEIGHTS_FILE, cast(str, config["weights_sha256"]))
@@ -130,34 +147,20 @@ def load_checkpoint(source: str | Path, *, subfolder: str = "", revision: str | 
     return Checkpoint(layer=layer.eval(), provenance=Provenance(**provenance_fields))  # pyright: ignore[reportArgumentType]
 
 
-def _layer_folder(source: str | Path, subfolder: str, revision: str | None) -> Path:
-    local = Path(source)
-    if not local.exists():
-        local = _download(str(source), subfolder, revision)
-    folder = local / subfolder
-    if (folder / CONFIG_FILE).is_file():
-        return folder
-    layers = sorted(path.parent.relative_to(folder).as_posix() for path in folder.glob(f"layers/*/*/{CONFIG_FILE}"))
-    if len(layers) == 1:
-        return folder / layers[0]
-    if layers:
-        raise ValueError(f"{source} holds several layers; name one of them: {', '.join(layers)}.")
-    raise FileNotFoundError(f"{folder} must hold a layer's {CONFIG_FILE} and {WEIGHTS_FILE}; it has no {CONFIG_FILE}.")
-
-
-def _download(repository: str, subfolder: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    below = f"{subfolder.rstrip('/')}/" if subfolder else "**/"
-    try:
-        wanted = [CONFIG_FILE, WEIGHTS_FILE, f"{below}{CONFIG_FILE}", f"{below}{WEIGHTS_FILE}"]
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=wanted))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+def _layer_folder(path: Path) -> Path:
+    if not path.is_dir():
         raise FileNotFoundError(
-            f"a layer must be a local folder or a hub repository; {repository!r} is no folder here and could not be "
-            f"fetched from the hub ({type(error).__name__}). Check the spelling, the network and your access."
-        ) from error
+            f"a layer must be a local folder; there is none at {path}. Check the path, or fetch a layer from the "
+            "hub with mxd.from_pretrained."
+        )
+    if (path / CONFIG_FILE).is_file():
+        return path
+    layers = sorted(found.parent.relative_to(path).as_posix() for found in path.glob(f"layers/*/*/{CONFIG_FILE}"))
+    if len(layers) == 1:
+        return path / layers[0]
+    if layers:
+        raise ValueError(f"{path} holds several layers; name one of them: {', '.join(layers)}.")
+    raise FileNotFoundError(f"{path} must hold a layer's {CONFIG_FILE} and {WEIGHTS_FILE}; it has no {CONFIG_FILE}.")
 
 
 def _read_config(path: Path) -> Mapping[str, object]:
@@ -175,6 +178,11 @@ def _read_config(path: Path) -> Mapping[str, object]:
             f"{path} must have format version {FORMAT_VERSION}; it has {config['format_version']}. "
             "Load it with the version of mxd that wrote it."
         )
+    for name, kind in {"kind": str, "layer": dict, "provenance": dict, "weights_sha256": str}.items():
+        if not isinstance(config[name], kind):
+            raise ValueError(
+                f"{path} must give {name} as {kind.__name__}; got {config[name]!r}. Restore it from its source."
+            )
     return config
 
 
@@ -189,10 +197,17 @@ def _require_fields(path: Path, place: str, found: Mapping[str, object], known: 
         raise ValueError(f"{path} must have every key in {place}; {', '.join(missing)} are missing.")
 
 
-def _require_types(path: Path, config: type, found: Mapping[str, object]) -> None:
-    for field in fields(config):
-        if field.type in (int, bool) and type(found[field.name]) is not field.type:
-            raise ValueError(f"{path} must give {field.name} as {field.type.__name__}; got {found[field.name]!r}.")
+def _require_types(path: Path, described: type, found: Mapping[str, object]) -> None:
+    for field in fields(described):
+        value, allowed = found[field.name], get_args(field.type) or (field.type,)
+        # A field is a choice of names, a type, or a type or None; bool is an int to Python, and no number here.
+        compared = value if get_origin(field.type) is Literal else type(value)
+        if not any(compared == one for one in allowed):
+            names = ", ".join(one.__name__ if isinstance(one, type) else repr(one) for one in allowed)
+            raise ValueError(
+                f"{path} must give {field.name} as {'one of ' * (len(allowed) > 1)}{names}; got {value!r}. "
+                "Restore it from its source."
+            )
 
 
 def _read_weights(path: Path, sha256: str) -> dict[str, torch.Tensor]:
@@ -207,10 +222,18 @@ def _read_weights(path: Path, sha256: str) -> dict[str, torch.Tensor]:
         tensors = load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path} must be a safetensors file; it does not parse ({error}).") from error
+    _require_one_dtype(str(path), tensors)
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{path} must hold finite weights; {name} has NaN or infinite entries. Train it anew.")
     return tensors
+
+
+def _require_one_dtype(where: str, tensors: Mapping[str, torch.Tensor]) -> None:
+    dtypes = {tensor.dtype for tensor in tensors.values()}
+    if len(dtypes) > 1 or not all(dtype.is_floating_point for dtype in dtypes):
+        found = ", ".join(sorted(map(str, dtypes)))
+        raise ValueError(f"{where} must have weights of one floating-point type; got {found}. Convert them with .to().")
 
 
 def _sha256(path: Path) -> str:

@@ -18,7 +18,7 @@ class ErrorSums(NamedTuple):
     square: float
     """Sum of ‖t‖²."""
     target: Float[Tensor, " d_out"]
-    """Sum of t, in float64."""
+    """Sum of t, on the CPU in float64."""
 
     def __add__(self, other: "ErrorSums") -> "ErrorSums":  # pyright: ignore[reportIncompatibleMethodOverride]
         """Return the sums over both sets of tokens."""
@@ -37,17 +37,18 @@ class ErrorSums(NamedTuple):
     @property
     def fvu(self) -> float:
         """Fraction of variance unexplained: Σ‖y−t‖² / Σ‖t−t̄‖²; NaN where the targets do not vary."""
-        return _ratio(self.error, self.square - _ratio(float(self.target.square().sum()), self.tokens))
+        return _ratio(self.error, self.square - _ratio(float(self.target.square().sum()), float(self.tokens)))
 
 
 def error_sums(prediction: Float[Tensor, "tokens d_out"], target: Float[Tensor, "tokens d_out"]) -> ErrorSums:
-    """Return one batch's sums, accumulated in float64."""
-    target = target.detach().double()
+    """Return one batch's sums, accumulated in float64 where the device has it."""
+    widest = torch.float32 if target.device.type == "mps" else torch.float64
+    target = target.detach().to(widest)
     return ErrorSums(
         len(target),
-        float((prediction.detach().double() - target).square().sum()),
+        float((prediction.detach().to(widest) - target).square().sum()),
         float(target.square().sum()),
-        target.sum(dim=0),
+        target.sum(dim=0).cpu().double(),
     )
 
 

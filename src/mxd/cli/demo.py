@@ -2,13 +2,14 @@
 
 import shutil
 from pathlib import Path
+from typing import cast
 
 from rich.console import Console
 
 from mxd.bundled import MODEL_NAME
 from mxd.evaluation.evaluate import evaluate_run, write_evaluation
 from mxd.evaluation.tables import format_table
-from mxd.runs.run import is_run
+from mxd.runs.run import is_run, read_configuration
 from mxd.training.config import TrainConfig
 from mxd.training.decompose import decompose, make_plan
 
@@ -19,7 +20,8 @@ DEMO = TrainConfig(
     kind=("mxd", "transcoder", "skip-transcoder"),
     k=(8, 32),
     expansion=8,
-    tokens=600_000,
+    tokens=500_000,
+    model_dtype="float32",
     batch_tokens=2048,
     schedule="linear",
     eval_tokens=32_768,
@@ -35,6 +37,7 @@ def demo(out: Path = Path("demo-run")) -> None:
     """
     console = Console(stderr=True)
     if is_run(out):
+        _require_demo(out)
         shutil.rmtree(out)
     plan = make_plan(DEMO)
     console.print(
@@ -53,3 +56,10 @@ def demo(out: Path = Path("demo-run")) -> None:
         "  mxd evaluate RUN\n"
         f'and in Python: mxd.load("{out}/layers/3/mxd-k32")'
     )
+
+
+def _require_demo(out: Path) -> None:
+    """Check that only a demo is about to be removed."""
+    config = cast(dict[str, object], read_configuration(out)["config"])
+    if (config["model"], config["text"]) != (MODEL_NAME, list(DEMO.text)):
+        raise ValueError(f"{out} must be an earlier demo to be replaced; it is another run; name another --out.")

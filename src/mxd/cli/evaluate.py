@@ -42,4 +42,7 @@ def evaluate(
         print(json.dumps([row.to_json() for row in evaluation.rows], indent=2))
         return
     Console().print(format_table(evaluation.rows))
-    Console(stderr=True).print(f"Wrote {run}/evaluation.json, frontier.png and report.html.")
+    # Square brackets in the name of a folder are no markup.
+    Console(stderr=True, markup=False, highlight=False, soft_wrap=True).print(
+        f"Wrote {run}/evaluation.json, frontier.png and report.html."
+    )

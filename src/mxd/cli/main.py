@@ -40,12 +40,35 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except (TrainingFault, SnapshotError) as error:
         _fail(name, str(error), FAULT, error)
     except (ValueError, OSError) as error:
-        _fail(name, str(error), CANNOT_BE_MET, error)
+        _fail(name, _sentence(error), CANNOT_BE_MET, error)
+    except (RuntimeError, MemoryError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        remedy = "ask for fewer or smaller layers, or lower --batch-tokens, --buffer-tokens or --context"
+        _fail(name, f"what was asked for must fit in memory; it does not ({error}); {remedy}.", CANNOT_BE_MET, error)
     sys.exit(DONE)
+
+
+def _sentence(error: ValueError | OSError) -> str:
+    """Return what our own errors say, and what to do where the system itself refused."""
+    if not isinstance(error, OSError) or error.strerror is None:
+        return str(error)
+    place = "a file" if error.filename is None else error.filename
+    return (
+        f"{place} must be readable and writable as asked; the system says: {error.strerror}. "
+        "Check the path, its permissions and the room on its disk."
+    )
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # PyTorch has a class of its own for accelerators only.
+    words = str(error).lower()
+    return isinstance(error, MemoryError) or "out of memory" in words or "can't allocate memory" in words
 
 
 def _fail(name: str, message: str, status: int, error: BaseException) -> NoReturn:
     if os.environ.get("MXD_TRACEBACK"):
         raise error
-    print(f"{name}: {message}", file=sys.stderr)
+    # One line, whatever a library's message holds.
+    print(f"{name}: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(status)

@@ -1,6 +1,7 @@
 """Counts as people write them: 2M, 480M, 4096."""
 
 import re
+from fractions import Fraction
 
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
@@ -20,11 +21,11 @@ def parse_count(text: str) -> int:
         >>> parse_count("2M"), parse_count("1.5k"), parse_count("4_096")
         (2000000, 1500, 4096)
     """
-    match = re.fullmatch(r"([+-]?[\d_,]+(?:\.\d+)?)([KMB]?)", text.strip().upper())
+    match = re.fullmatch(r"([+-]?\d[\d_,]*(?:\.\d+)?)([KMB]?)", text.strip().upper())
     if match is not None:
-        value = float(match[1].replace(",", "").replace("_", "")) * _FACTORS[match[2]]
-        if value == int(value):
-            return int(value)
+        value = Fraction(match[1].replace(",", "").replace("_", "")) * _FACTORS[match[2]]
+        if value.denominator == 1:
+            return value.numerator
     raise ValueError(f"a count must be a whole number such as 4096, 2M or 480M; got {text!r}.")
 
 

@@ -1,5 +1,9 @@
 """`mxd train`: sparse layers for the MLPs of a language model."""
 
+import hashlib
+import importlib.util
+import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -8,11 +12,11 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from mxd.runs.metrics_log import MetricsSink, TensorBoardSink, WandbSink
-from mxd.runs.run import is_finished, is_run
+from mxd.runs.metrics_log import TensorBoardSink, WandbSink
+from mxd.runs.run import is_finished, is_run, reopen_run
 from mxd.training.config import TrainConfig
-from mxd.training.decompose import Plan, decompose, make_plan
-from mxd.training.train import TrainingInterrupted
+from mxd.training.decompose import KEPT_ON_RESUME, Plan, decompose, make_plan
+from mxd.training.train import SinkOpener, TrainingInterrupted
 
 
 def train(
@@ -37,30 +41,59 @@ def train(
         tensorboard: Also log to RUN/tensorboard (pip install 'mxd[tensorboard]').
         wandb: Also log to this Weights & Biases project (pip install 'mxd[wandb]').
     """
-    if is_run(out) and not resume and not dry_run:
-        raise ValueError(f"{out} exists; pass --resume to continue it or name another --out.")
-    console = Console(stderr=True)
+    if not snapshot_every >= 0:
+        raise ValueError(f"snapshot-every must be a number of seconds, at least 0; got {snapshot_every}.")
+    if not dry_run:
+        _require_place(out, resume)
+    for package, is_wanted in {"tensorboard": tensorboard, "wandb": wandb is not None}.items():
+        if is_wanted and importlib.util.find_spec(package) is None:
+            raise ValueError(f"--{package} needs the package {package}; run pip install 'mxd[{package}]'.")
+    # Square brackets in the name of a file are no markup.
+    console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
     plan = make_plan(config)
+    if resume and is_run(out) and not dry_run:
+        # Checked again when training begins; here, so that a refusal is one sentence and nothing else.
+        reopen_run(out, plan.description(), ignore=[f"resources.{name}" for name in KEPT_ON_RESUME])
     _show(plan, console)
     if dry_run:
         return
-    if is_run(out) and is_finished(out):
-        console.print(f"{out} is finished already.")
-    sinks: list[MetricsSink] = [TensorBoardSink(out / "tensorboard", first_step=0)] if tensorboard else []
-    if wandb is not None:
-        run_name = out.resolve().name
-        configuration = plan.description()
-        sinks.append(
-            WandbSink(project=wandb, folder=out, configuration=configuration, name=run_name, identity=run_name)
-        )
+    was_finished = is_run(out) and is_finished(out)
     try:
-        decompose(plan, out, resume=resume, snapshot_every=snapshot_every, sinks=sinks)
-    except TrainingInterrupted as error:
-        raise TrainingInterrupted(f"stopped by {error}; go on with: mxd {' '.join(_resuming(sys.argv[1:]))}") from error
-    finally:
-        for sink in sinks:
-            sink.close()
-    console.print(f"Wrote {len(plan.students)} layers to {out}/layers. Next: mxd evaluate {out}")
+        decompose(plan, out, resume=resume, snapshot_every=snapshot_every, sinks=_sinks(plan, out, tensorboard, wandb))
+    except (TrainingInterrupted, KeyboardInterrupt) as error:
+        command = shlex.join(["mxd", *_resuming(sys.argv[1:])])
+        raise TrainingInterrupted(f"stopped by {str(error) or 'SIGINT'}; go on with: {command}") from error
+    if was_finished:
+        console.print(f"{out} is finished already; nothing was changed.", soft_wrap=True)
+        return
+    console.print(f"Wrote {len(plan.students)} layers to {out}/layers. Next: mxd evaluate {out}", soft_wrap=True)
+
+
+def _require_place(out: Path, resume: bool) -> None:
+    """Check that a run can be made or continued here, before the model is loaded."""
+    if is_run(out):
+        if not resume:
+            raise ValueError(f"{out} exists; pass --resume to continue it or name another --out.")
+        return
+    if out.exists() and not (out.is_dir() and all(entry.name.startswith(".") for entry in out.iterdir())):
+        raise ValueError(f"{out} must be a new or an empty folder, or a run; it is something else; name another --out.")
+    parent = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    if not (parent.is_dir() and os.access(parent, os.W_OK)):
+        raise ValueError(f"{out} must be where a folder can be made; {parent} is none to write in; name another --out.")
+
+
+def _sinks(plan: Plan, out: Path, tensorboard: bool, wandb: str | None) -> list[SinkOpener]:
+    sinks: list[SinkOpener] = []
+    if tensorboard:
+        sinks.append(lambda first_step: TensorBoardSink(out / "tensorboard", first_step=first_step))
+    if wandb is not None:
+        # Folders of the same name are different runs.
+        identity = hashlib.blake2b(str(out.resolve()).encode(), digest_size=8).hexdigest()
+        project, name, configuration = wandb, out.resolve().name, plan.description()
+        sinks.append(
+            lambda _: WandbSink(project=project, folder=out, configuration=configuration, name=name, identity=identity)
+        )
+    return sinks
 
 
 def _resuming(arguments: list[str]) -> list[str]:

@@ -78,11 +78,13 @@ def evaluate_run(
     description = read_configuration(run)
     if not is_finished(run):
         raise ValueError(f"{run} must be a finished run; it is not; finish it with mxd train --resume.")
+    _require_described(run, description)
     config = cast(dict[str, Any], description["config"])
     chosen = load_students(run, cast(list[dict[str, Any]], description["students"]), students)
     if together:
         require_one_per_layer(chosen)
     device = device or str(cast(dict[str, Any], description["resources"])["device"])
+    _require_device(device)
     dtype = "auto" if config["model_dtype"] == "auto" else getattr(torch, config["model_dtype"])
     language_model = load_language_model(
         config["model"],
@@ -102,7 +104,7 @@ def evaluate_run(
         source,
         language_model.tokenizer,
         context=config["context"],
-        num_tokens=tokens or config["eval_tokens"],
+        num_tokens=config["eval_tokens"] if tokens is None else tokens,
         vocab_size=cast(Any, language_model.model).get_input_embeddings().weight.shape[0],
     )
     evaluation_text = EvaluationText(
@@ -114,17 +116,56 @@ def evaluate_run(
     return _evaluate(language_model, chosen, held_out, evaluation_text, together, source.name)
 
 
+_DESCRIBED = {
+    "config": (
+        *("model", "model_dtype", "module", "text", "text_field", "split"),
+        *("context", "eval_tokens", "special_positions"),
+    ),
+    "resources": ("device",),
+    "model": ("revision",),
+}
+"""What evaluation reads of a run.json, beside its students."""
+
+
+def _require_described(run: Path, description: Mapping[str, JSON]) -> None:
+    parts = {name: description.get(name) for name in _DESCRIBED}
+    missing = [
+        f"{part}.{name}"
+        for part, names in _DESCRIBED.items()
+        for name in names
+        if not isinstance(parts[part], dict) or name not in cast(dict[str, JSON], parts[part])
+    ]
+    if not description.get("students"):
+        missing.append("students")
+    if missing:
+        raise ValueError(
+            f"{run}/run.json must describe a run as mxd train writes it; {', '.join(missing)} missing. "
+            "Restore it from a copy, or evaluate with the version of mxd that wrote it."
+        )
+
+
+def _require_device(device: str) -> None:
+    try:
+        torch.zeros((), device=device).item()
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0].rstrip(".")
+        raise ValueError(
+            f"device must be one that this machine's PyTorch can use; {device!r} is not ({reason}). Choose cpu."
+        ) from error
+
+
 def write_evaluation(run: Path, evaluation: Evaluation, *, title: str, footer: str) -> None:
     """Write `evaluation.json`, `frontier.png` and `report.html` into the run's folder."""
     rows: list[JSON] = [row.to_json() for row in evaluation.rows]
     write_json_atomically(run / "evaluation.json", {"facts": dict(evaluation.facts), "rows": rows})
     draw_frontier(evaluation.rows, run / "frontier.png")
+    metrics = run / "metrics.jsonl"
     write_report(
         run / "report.html",
         title=title,
         facts=evaluation.facts,
         rows=evaluation.rows,
-        curves=read_curves(read_metrics(run / "metrics.jsonl")),
+        curves=read_curves(read_metrics(metrics) if metrics.is_file() else []),
         experts=evaluation.experts,
         experts_of=evaluation.experts_of,
         footer=footer,
@@ -141,10 +182,14 @@ def _evaluate(
 ) -> Evaluation:
     model = cast(nn.Module, language_model.model)
     candidates = [student.candidate for student in students]
-    quality = reconstructions(model, candidates, text)
     variants = {
         candidate.name: replacement(model, {candidate.layer: candidate.network}, text) for candidate in candidates
     }
+    for variant in variants.values():
+        # Entering it refuses a layer whose widths are not the model's.
+        with variant():
+            pass
+    quality = reconstructions(model, candidates, text)
     for candidate in candidates:
         sums = quality[candidate.name].everywhere
         variants[f"mean {candidate.layer}"] = ablation(model, {candidate.layer: sums.target / sums.tokens}, text)
@@ -172,11 +217,12 @@ def _evaluate(
         language_model.tokenizer,
         module_path=text.module_path,
     )
+    tokens_trained = students[0].provenance.tokens_trained
     facts = {
         "model": language_model.id,
         "held-out text": text_name,
         "tokens evaluated": f"{held_out.contexts.numel():,}",
-        "tokens trained": f"{students[0].provenance.tokens_trained:,}",
+        "tokens trained": "unknown" if tokens_trained is None else f"{tokens_trained:,}",
         "context": f"{held_out.contexts.shape[1]} tokens",
     }
     return Evaluation(rows=rows, experts=experts, experts_of=shown.id, facts=facts)

@@ -100,9 +100,8 @@ class _Judge:
 
     def __init__(self, candidate: Candidate, text: EvaluationText) -> None:
         self._network = candidate.network
-        device = next(self._network.parameters()).device
         self._sums: dict[str, ErrorSums] = {}
-        self._latents = LatentStatistics(self._network.config.num_latents, device=device)
+        self._latents = LatentStatistics(self._network.config.num_latents)
         self._stride = max(1, text.contexts.numel() // SPECIALISATION_TOKENS)
         self._sample: list[tuple[Tensor, Tensor]] = []
 
@@ -114,11 +113,12 @@ class _Judge:
         for name, rows in {"content": kept, "everywhere": torch.ones_like(kept)}.items():
             sums = error_sums(prediction[rows].float(), target[rows])
             self._sums[name] = self._sums[name] + sums if name in self._sums else sums
-        context, position = content.nonzero(as_tuple=True)
-        self._latents.update(SparseCode(code.values[kept], code.indices[kept]), context + first_context, position)
+        context, position = content.cpu().nonzero(as_tuple=True)
+        fired = SparseCode(code.values[kept].cpu(), code.indices[kept].cpu())
+        self._latents.update(fired, context + first_context, position)
         if isinstance(self._network, MixtureOfDecoders):
             chosen = kept.nonzero().squeeze(1)[:: self._stride]
-            self._sample.append((prediction[chosen], self._network.dense_branch(x[chosen])))
+            self._sample.append((prediction[chosen].cpu(), self._network.dense_branch(x[chosen]).cpu()))
 
     def result(self) -> Reconstruction:
         sample = [torch.cat(parts) for parts in zip(*self._sample, strict=True)]
@@ -156,9 +156,9 @@ def model_losses(
             with variant():
                 logits = cast(Tensor, model(contexts, use_cache=False).logits)
             original = logits if original is None else original
-            ce = next_token_losses(logits, contexts).double().sum()
-            kl = kl_divergence(original[:, :-1], logits[:, :-1]).double().sum()
-            sums[name] += torch.stack([ce, kl]).cpu()
+            ce = next_token_losses(logits, contexts).cpu().double().sum()
+            kl = kl_divergence(original[:, :-1], logits[:, :-1]).cpu().double().sum()
+            sums[name] += torch.stack([ce, kl])
     return {
         name: ModelLoss(ce=float(total[0]) / positions, kl=float(total[1]) / positions) for name, total in sums.items()
     }

@@ -101,6 +101,10 @@ class TrainConfig:
             require_kind(kind)
         if self.activation != "auto":
             activation_function(self.activation)
+        if self.init_from is not None and self.output_bias != "zeros":
+            raise ValueError(
+                f"output-bias must be zeros with init-from, whose layers bring their own; got {self.output_bias}."
+            )
         self._check_numbers()
         self._check_learning_rates()
 
@@ -117,6 +121,9 @@ class TrainConfig:
             raise ValueError(f"k must be at most num-latents, {self.num_latents}; got {max(self.k)}.")
         if self.context < 2:
             raise ValueError(f"context must be at least 2 tokens; got {self.context}.")
+        for name, value in {"seed": self.seed, "warmup-tokens": self.warmup_tokens}.items():
+            if isinstance(value, int) and value < 0:
+                raise ValueError(f"{name} must be at least 0; got {value}.")
         for name, value in {"weight-decay": self.weight_decay, "aux-coefficient": self.aux_coefficient}.items():
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"{name} must be a finite number of at least 0; got {value}.")

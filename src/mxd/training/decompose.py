@@ -4,7 +4,7 @@ import hashlib
 import importlib.metadata
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,16 +20,18 @@ from mxd.data.text import TextSource, open_text
 from mxd.data.tokens import TokenStream, open_tokens, special_tokens
 from mxd.layers import SparseLayer
 from mxd.models import LanguageModel, MlpPair, MlpSite, find_mlp, load_language_model, mlp_pairs
-from mxd.runs.metrics_log import MetricsSink
 from mxd.runs.run import create_run, is_finished, is_run, mark_finished, reopen_run
+from mxd.runs.snapshots import SnapshotError
 from mxd.training.config import TrainConfig
 from mxd.training.grid import StudentPlan, plan_students
 from mxd.training.normalization import fold_input_normalization_, input_normalization, require_foldable
 from mxd.training.optimizer import Schedule
 from mxd.training.resources import Resources, resolve_resources
 from mxd.training.student import Student, StudentConfig
-from mxd.training.train import train
+from mxd.training.train import SinkOpener, TrainingFault, train
 
+KEPT_ON_RESUME = ("precision", "threads")
+"""What a resumed run computes with as it began, whatever this machine would choose now."""
 FORWARD_TOKENS = 4096
 """Tokens of one run of the language model."""
 
@@ -105,6 +107,7 @@ def make_plan(config: TrainConfig) -> Plan:
     sites = {layer: find_mlp(cast(torch.nn.Module, model), layer, config.module) for layer in config.layer}
     resources = resolve_resources(config, widest=max(site.d_in for site in sites.values()))
     students = plan_students(config, sites)
+    _check_beginnings(config, students)
     require_context(model, config.context)
     text = open_text(config.text, text_field=config.text_field, split=config.split, held_out_modules=held_out_modules())
     tokens = open_tokens(
@@ -127,7 +130,7 @@ def make_plan(config: TrainConfig) -> Plan:
 
 
 def decompose(
-    plan: Plan, out: Path, *, resume: bool = False, snapshot_every: float = 600.0, sinks: Sequence[MetricsSink] = ()
+    plan: Plan, out: Path, *, resume: bool = False, snapshot_every: float = 600.0, sinks: Sequence[SinkOpener] = ()
 ) -> None:
     """Train a plan's students and write them to `out/layers/<layer>/<id>`.
 
@@ -136,20 +139,33 @@ def decompose(
         out: The run's folder; it must not exist, unless resuming.
         resume: Whether to continue the run in `out`; without a snapshot there it begins anew.
         snapshot_every: Seconds between snapshots.
-        sinks: Where metrics go besides `metrics.jsonl`.
+        sinks: Where metrics go besides `metrics.jsonl`; opened when training begins.
 
     Raises:
         ValueError: If `out` exists and `resume` is not set, or holds a run of another configuration.
-        TrainingFault: If an activation or a loss is not finite.
+        TrainingFault: If a number is not finite, or the run's files cannot be written.
+        SnapshotError: If a snapshot cannot be written.
         TrainingInterrupted: If a signal stopped the run; a snapshot was written.
     """
     description = plan.description()
     if resume and is_run(out):
-        reopen_run(out, description)
+        stored = reopen_run(out, description, ignore=[f"resources.{name}" for name in KEPT_ON_RESUME])
         if is_finished(out):
             return
+        plan = replace(plan, resources=_stored_resources(plan.resources, stored))
     else:
         create_run(out, description)
+    try:
+        _train_and_save(plan, out, snapshot_every, sinks)
+    except SnapshotError:
+        raise
+    except OSError as error:
+        raise TrainingFault(
+            f"{error}; what {out} holds is intact: remove the cause, then continue with --resume."
+        ) from error
+
+
+def _train_and_save(plan: Plan, out: Path, snapshot_every: float, sinks: Sequence[SinkOpener]) -> None:
     torch.set_num_threads(plan.resources.threads)
     stream = activation_stream(plan)
     students = [_student(plan, student) for student in plan.students]
@@ -211,6 +227,20 @@ def require_context(model: Any, context: int) -> None:
         raise ValueError(f"context must be at most {longest}, the model's number of positions; got {context}.")
 
 
+def _stored_resources(resources: Resources, stored: Mapping[str, JSON]) -> Resources:
+    known = cast(Mapping[str, Any], stored["resources"])
+    return replace(resources, **{name: known[name] for name in KEPT_ON_RESUME if name in known})
+
+
+def _check_beginnings(config: TrainConfig, students: Sequence[StudentPlan]) -> None:
+    """Check, before anything is written, that every student can begin as the configuration says."""
+    for student in students:
+        if config.normalize_input:
+            require_foldable([student.skeleton()])
+        if config.init_from is not None:
+            _initial_layer(Path(config.init_from), student)
+
+
 def _student(plan: Plan, student: StudentPlan) -> Student:
     config = plan.config
     network = student.build()
@@ -258,12 +288,12 @@ def _start_from_activations(plan: Plan, students: Sequence[Student]) -> None:
         for layer, pair in pairs.items():
             captured[layer].append(MlpPair(*(tensor.float() for tensor in pair)))
     plan.tokens.restore(beginning)
-    if plan.config.normalize_input:
-        require_foldable([student.network for student in students])
     for student in students:
         if plan.config.normalize_input:
             x = torch.cat([pair.x.flatten(0, 1) for pair in captured[student.layer]])
             student.normalization = input_normalization(x)
+            if plan.config.init_from is not None:
+                fold_input_normalization_(student.network, student.normalization.inverse())
         if plan.config.output_bias == "mean":
             target = torch.cat([pair.target.flatten(0, 1) for pair in captured[student.layer]])
             with torch.no_grad():

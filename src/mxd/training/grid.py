@@ -46,9 +46,12 @@ class StudentPlan:
     @property
     def parameters(self) -> int:
         """Number of parameters of the layer."""
+        return sum(parameter.numel() for parameter in self.skeleton().parameters())
+
+    def skeleton(self) -> SparseLayer:
+        """Return the layer with shapes and no memory for its weights."""
         with torch.device("meta"):
-            layer = require_kind(self.kind).layer(self.network)  # pyright: ignore[reportCallIssue]
-        return sum(parameter.numel() for parameter in layer.parameters())
+            return require_kind(self.kind).layer(self.network)  # pyright: ignore[reportCallIssue]
 
     def build(self) -> SparseLayer:
         """Return the freshly initialised layer; the same seed gives the same weights, whatever else is trained."""

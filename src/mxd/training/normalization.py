@@ -22,6 +22,10 @@ class InputNormalization(NamedTuple):
         """Return the normalised input."""
         return (x - self.mean) / self.scale
 
+    def inverse(self) -> "InputNormalization":
+        """Return the shift and scale that lead from normalised inputs back to plain ones."""
+        return InputNormalization(-self.mean / self.scale, 1 / self.scale)
+
 
 def input_normalization(x: Float[Tensor, "tokens d_in"]) -> InputNormalization:
     """Return the normalisation of these inputs.

@@ -35,11 +35,11 @@ def resolve_resources(config: TrainConfig, widest: int) -> Resources:
         ValueError: If the device is unknown or not there.
     """
     device = _device(config.device)
-    threads = config.threads or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     precision = config.precision
     if precision == "auto":
         precision = "bfloat16" if _bfloat16_is_faster(device, widest) else "float32"
-    return Resources(device=device, precision=precision, threads=threads or 1)
+    return Resources(device=device, precision=precision, threads=config.threads or usable or 1)
 
 
 def _device(asked: str) -> str:

@@ -4,10 +4,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mxd.layers import SparseLayer, SparseLayerOutput
+from mxd.layers import SparseCode, SparseLayer, SparseLayerOutput
 from mxd.losses import dead_latent_loss, distillation_loss
 from mxd.training.normalization import InputNormalization
 from mxd.training.optimizer import (
@@ -80,7 +80,9 @@ class Student:
         self._sums |= {name: torch.zeros((), device=device) for name in ("error", "square")}
         self._sums["target"] = torch.zeros(network.config.d_out, device=device)
         self.first_bad_step: Int[Tensor, ""] = torch.full((), -1, dtype=torch.long, device=device)
-        """The first step whose loss was not finite, or -1."""
+        """The first step, counted from 0, whose loss was not finite, or -1."""
+        self.first_bad_input: Bool[Tensor, ""] = torch.zeros((), dtype=torch.bool, device=device)
+        """Whether that step's input or target already was not finite."""
 
     @property
     def name(self) -> str:
@@ -97,7 +99,7 @@ class Student:
         lr_factor: float,
         autocast: torch.dtype | None,
     ) -> None:
-        """Learn from one batch; reads nothing back from the device."""
+        """Learn from one batch; nothing is read back from the device, but by the loss that revives dead latents."""
         tokens_before = step * len(x)
         if self.network.reads == "output":
             x = target
@@ -117,7 +119,9 @@ class Student:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         renormalize_(self.network.unit_length_tables())
-        self._observe(step, tokens_before + len(x), output, target, is_content, loss.detach())
+        bad_input = ~torch.isfinite(x.sum() + target.sum())
+        self._note_first_bad_step(step, loss.detach(), bad_input)
+        self._observe(tokens_before + len(x), output, target, is_content, loss.detach())
 
     def _dead_latent_loss(
         self, tokens_before: int, x: Tensor, target: Tensor, output: SparseLayerOutput
@@ -125,13 +129,18 @@ class Student:
         dead = (tokens_before - self._last_fired >= self.config.dead_tokens).nonzero().squeeze(1)
         if len(dead) == 0:
             return x.new_zeros(())
-        code = self.network.encode_among(x, dead, min(self.config.aux_k, len(dead)))
+        weight, bias = self.network.scorer
+        columns = weight.t().index_select(0, dead).t()
+        scores = self.network.scorer_input(x) @ columns + bias.index_select(0, dead)
+        kept, places = scores.to(weight.dtype).topk(min(self.config.aux_k, len(dead)), dim=-1, sorted=False)
+        # Rectified, but with the identity's gradient: relu's would never reach a latent whose scores are all negative.
+        code = SparseCode(torch.where(kept > 0, kept, kept - kept.detach()), dead[places])
         prediction = self.network.decode(x, code) - self.network.base(x)
         return dead_latent_loss(target.float() - output.prediction.float(), prediction.float())
 
     @torch.no_grad()
     def _observe(
-        self, step: int, tokens_after: int, output: SparseLayerOutput, target: Tensor, is_content: Tensor, loss: Tensor
+        self, tokens_after: int, output: SparseLayerOutput, target: Tensor, is_content: Tensor, loss: Tensor
     ) -> None:
         values, indices = output.code
         fired_at = torch.where(values > 0, tokens_after, 0).flatten()
@@ -149,8 +158,19 @@ class Student:
         }
         for name, addition in additions.items():
             self._sums[name] += addition
+
+    def _note_first_bad_step(self, step: int, loss: Tensor, bad_input: Tensor) -> None:
         is_first = (self.first_bad_step < 0) & ~torch.isfinite(loss)
         self.first_bad_step = torch.where(is_first, step, self.first_bad_step)
+        self.first_bad_input = torch.where(is_first, bad_input, self.first_bad_input)
+
+    def is_finite(self) -> bool:
+        """Whether all weights and all of the optimiser's state are finite: a finite loss can have another gradient."""
+        return all(
+            bool(torch.isfinite(tensor).all())
+            for name, tensor in self.tensors().items()
+            if name.startswith(("layer.", "optimizer."))
+        )
 
     def read_metrics(self, tokens: int) -> dict[str, float]:
         """Return loss, fvu and l0 since the last reading, over content tokens, and the share of dead latents now.

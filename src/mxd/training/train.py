@@ -1,10 +1,10 @@
 """The training loop: any number of students on one stream of activations."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -22,18 +22,22 @@ LOG_EVERY = 20
 """Steps between two lines of metrics.jsonl."""
 
 
+SinkOpener = Callable[[int], MetricsSink]
+"""Opens a sink when training begins; it is told the first step that will be logged."""
+
+
 class TrainingFault(RuntimeError):
-    """Training stopped because a number was not finite; the last good snapshot is intact."""
+    """Training stopped because a number was not finite or the disk failed; the last good snapshot is intact."""
 
 
 class TrainingInterrupted(RuntimeError):
     """Training stopped because a signal asked for it; a snapshot holds everything."""
 
 
+@runtime_checkable
+@runtime_checkable
 class ActivationSource(Protocol):
     """What the loop needs of a stream of activations."""
-
-    num_batches: int
 
     def __iter__(self) -> Iterator[ActivationBatch]: ...
 
@@ -55,7 +59,7 @@ def train(
     schedule: Schedule,
     autocast: torch.dtype | None = None,
     snapshot_every: float = 600.0,
-    sinks: Sequence[MetricsSink] = (),
+    sinks: Sequence[SinkOpener] = (),
 ) -> None:
     """Train all students on the stream, from the run's newest snapshot if it has one, to the stream's end.
 
@@ -70,18 +74,21 @@ def train(
         schedule: Learning rate over the steps.
         autocast: Type of the matrix products; None computes in the weights' own.
         snapshot_every: Seconds between snapshots; when they are taken changes nothing else.
-        sinks: Where else metrics go.
+        sinks: Where else metrics go; opened at the start and closed at the end.
 
     Raises:
-        TrainingFault: If an activation or a loss is not finite.
+        TrainingFault: If an activation, a loss or a weight is not finite.
         TrainingInterrupted: If SIGINT or SIGTERM arrived; a snapshot was written first.
-        OSError: If a snapshot cannot be written; the ones before it stay.
+        OSError: If metrics or a snapshot cannot be written; the snapshots before it stay.
     """
     first = _resume(students, stream, run)
     snapshots, last_snapshot, started = run / "snapshots", time.monotonic(), time.monotonic()
     with ExitStack() as stack:
         stop = stack.enter_context(interruptible())
-        log = stack.enter_context(MetricsLog(run / "metrics.jsonl", first_step=first + 1))
+        logs: list[MetricsSink] = [stack.enter_context(MetricsLog(run / "metrics.jsonl", first_step=first + 1))]
+        for open_sink in sinks:
+            logs.append(open_sink(first + 1))
+            stack.callback(logs[-1].close)
         names = [student.name for student in students]
         progress = stack.enter_context(
             TrainingProgress(schedule.steps * batch_tokens, names, "Training", tokens_at_start=first * batch_tokens)
@@ -99,19 +106,19 @@ def train(
                 )
 
             done, tokens = step + 1, (step + 1) * batch_tokens
-            snapshot_due = stop.requested or time.monotonic() - last_snapshot > snapshot_every
+            snapshot_due = stop.requested is not None or time.monotonic() - last_snapshot >= snapshot_every
             if done % LOG_EVERY == 0 or done == schedule.steps or snapshot_due:
-                _require_finite(students, batch, run)
+                _require_finite(students, run, done, state=snapshot_due or done == schedule.steps)
             if done % LOG_EVERY == 0 or done == schedule.steps:
                 metrics = {student.name: student.read_metrics(tokens) for student in students}
                 record = {"step": done, "tokens": tokens, "seconds": round(time.monotonic() - started, 3)}
-                for sink in (log, *sinks):
-                    sink.log(record | {"students": metrics})
+                for log in logs:
+                    log.log(record | {"students": metrics})
                 progress.update(tokens, metrics)
             if snapshot_due:
                 save_snapshot(snapshots, done, _tensors(students), _position(stream))
                 last_snapshot = time.monotonic()
-            if stop.requested and done < schedule.steps:
+            if stop.requested is not None and done < schedule.steps:
                 raise TrainingInterrupted(f"{stop.requested} after step {done:,} of {schedule.steps:,}")
 
 
@@ -137,16 +144,20 @@ def _position(stream: ActivationSource) -> Mapping[str, JSON]:
     return {"stream": cast(JSON, stream.state().to_json())}
 
 
-def _require_finite(students: Sequence[Student], batch: ActivationBatch, run: Path) -> None:
+def _require_finite(students: Sequence[Student], run: Path, done: int, *, state: bool) -> None:
+    """Check every loss so far, and the weights and moments too where they are about to be kept."""
     for student in students:
-        bad_step = int(student.first_bad_step)
-        if bad_step < 0:
+        bad_step = int(student.first_bad_step) + 1
+        what, remedy = "its loss", "lower its learning rate"
+        if bad_step > 0 and student.first_bad_input:
+            what, remedy = f"an activation of layer {student.layer}", "run the model in a wider type (--model-dtype)"
+        elif bad_step == 0 and state and not student.is_finite():
+            bad_step, what = done, "a weight or its gradient"
+        if bad_step == 0:
             continue
-        rows = batch.layers[student.layer]
-        finite = bool(torch.isfinite(rows.x).all() and torch.isfinite(rows.target).all())
-        what = "its loss" if finite else f"an activation of layer {student.layer}"
-        remedy = "lower its learning rate" if finite else "run the model in a wider type (--model-dtype float32)"
+        snapshots = run / "snapshots"
+        kept = f"The last snapshot in {snapshots} is from" if any(snapshots.glob("[0-9]*")) else "No snapshot was due"
         raise TrainingFault(
             f"{student.name} must have finite numbers; {what} was NaN or infinite at step {bad_step:,}. "
-            f"The last snapshot in {run / 'snapshots'} is from before it: {remedy} and train anew."
+            f"{kept} before it: {remedy} and train anew."
         )

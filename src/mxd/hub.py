@@ -1,0 +1,134 @@
+"""Layers on the Hugging Face hub: the same folders as on disk, with a model card."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mxd.atomic import write_text_atomically
+from mxd.checkpoint import CONFIG_FILE, WEIGHTS_FILE, load_checkpoint, load_layer
+from mxd.layers import SparseLayer
+
+CARD_FILE = "README.md"
+_COLUMNS = ("ce_increase", "loss_recovered", "kl", "nmse", "fvu", "l0", "dead_fraction", "specialisation")
+
+
+def from_pretrained(repository: str, *, subfolder: str = "", revision: str | None = None) -> SparseLayer:
+    """Return a layer from the hub, or from a local folder in the hub's layout, as `mxd.load` does.
+
+    Args:
+        repository: A hub id such as `someone/gpt2-mxd`, or a local folder.
+        subfolder: The layer's folder in the repository, as in `layers/8/mxd-k32`; not needed where it holds just one.
+        revision: Branch, tag or commit on the hub; the newest where it is None.
+
+    Raises:
+        FileNotFoundError: If there is no such repository or folder, or a file is missing in it.
+        ValueError: If a file is damaged, or the repository holds several layers and none is named.
+    """
+    local = Path(repository)
+    return load_layer((local if local.is_dir() else _download(repository, subfolder, revision)) / subfolder)
+
+
+def push_to_hub(folder: str | Path, repository: str, *, private: bool = False, token: str | None = None) -> str:
+    """Upload a layer's folder, or all layers of a run, with a model card; return the commit's address.
+
+    Args:
+        folder: A folder that `mxd.save` wrote, or a finished run.
+        repository: Hub id; made where it does not exist.
+        private: Whether a new repository is private.
+        token: Access token; the one that is logged in where it is None.
+
+    Raises:
+        FileNotFoundError: If the folder holds no layer.
+        ValueError: If a layer is damaged.
+    """
+    from huggingface_hub import HfApi
+
+    folder = Path(folder)
+    write_text_atomically(folder / CARD_FILE, model_card(folder))
+    api = HfApi(token=token)
+    api.create_repo(repository, private=private, exist_ok=True)
+    names = (CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, "evaluation.json", "frontier.png")
+    wanted = [*names, f"layers/*/*/{CONFIG_FILE}", f"layers/*/*/{WEIGHTS_FILE}"]
+    return str(api.upload_folder(repo_id=repository, folder_path=folder, allow_patterns=wanted))
+
+
+def model_card(folder: str | Path) -> str:
+    """Return the model card of a layer's folder, or of a run: what the layers are, how good they are, how to use them.
+
+    Raises:
+        FileNotFoundError: If the folder holds no layer.
+        ValueError: If a layer is damaged.
+    """
+    from huggingface_hub import ModelCardData
+
+    folder = Path(folder)
+    paths = (
+        [folder]
+        if (folder / CONFIG_FILE).is_file()
+        else sorted(p.parent for p in folder.glob("layers/*/*/config.json"))
+    )
+    if not paths:
+        raise FileNotFoundError(f"{folder} must hold a layer or a finished run; it has neither. Check the path.")
+    layers = {path.relative_to(folder).as_posix(): load_checkpoint(path) for path in paths}
+    models = sorted({layer.provenance.model for layer in layers.values() if layer.provenance.model})
+    header = ModelCardData(
+        library_name="mxd", base_model=models or None, tags=["mechanistic-interpretability", "mixture-of-decoders"]
+    )
+    rows = [
+        f"| `{name}` | {layer.layer.kind} | {layer.provenance.layer} | {layer.layer.config.num_latents:,} "
+        f"| {layer.layer.config.k} | {layer.provenance.text} | {layer.provenance.tokens_trained} |"
+        for name, layer in layers.items()
+    ]
+    first = next(iter(layers))
+    subfolder = "" if first == "." else f', subfolder="{first}"'
+    lines = [
+        f"---\n{header.to_yaml()}\n---",
+        f"# Sparse replacements for MLPs of {', '.join(models) or 'a language model'}",
+        "Each layer stands in for the MLP of one block: its input is the MLP's input, its prediction the MLP's output, "
+        "in the Hugging Face model. Made with mxd.",
+        "| folder | kind | block | latents | k | trained on | tokens |\n|---|---|---|---|---|---|---|\n"
+        + "\n".join(rows),
+        *_evaluation(folder),
+        f'```python\nimport mxd\n\nlayer = mxd.from_pretrained("REPOSITORY"{subfolder})\n```',
+    ]
+    return "\n\n".join(lines) + "\n"
+
+
+def _evaluation(folder: Path) -> list[str]:
+    """Return the table of what `mxd evaluate` measured, if it was run."""
+    path = folder / "evaluation.json"
+    if not path.is_file():
+        return []
+    evaluation: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    rows = [
+        f"| {row['layer']}/{row['id']} | " + " | ".join(_number(row, column) for column in _COLUMNS) + " |"
+        for row in evaluation["rows"]
+    ]
+    head = "| student | " + " | ".join(_COLUMNS) + " |\n" + "|---" * (len(_COLUMNS) + 1) + "|"
+    facts = "; ".join(f"{name}: {value}" for name, value in evaluation["facts"].items())
+    return [
+        "## Faithfulness",
+        f"Measured by `mxd evaluate` ({facts}); losses in nats a token.",
+        "\n".join([head, *rows]),
+    ]
+
+
+def _number(row: Mapping[str, Any], column: str) -> str:
+    value = row[column]
+    return "–" if value is None else f"{value:.4g}"
+
+
+def _download(repository: str, subfolder: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    below = f"{subfolder.rstrip('/')}/" if subfolder else "**/"
+    wanted = [CONFIG_FILE, WEIGHTS_FILE, f"{below}{CONFIG_FILE}", f"{below}{WEIGHTS_FILE}"]
+    try:
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=wanted))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise FileNotFoundError(
+            f"a layer must be a local folder or a hub repository; {repository!r} is no folder here and could not be "
+            f"fetched from the hub ({type(error).__name__}). Check the spelling, the network and your access."
+        ) from error
