@@ -24,7 +24,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -42,8 +42,8 @@ from mxd.training.optimizer import project_gradients_, renormalize_
 from mxd.training.student import Student, StudentConfig
 
 LEARNING_RATE = 1e-4
-TOLERANCES = {"float32": 1e-3, "bfloat16": 3e-2}
-"""Largest relative error of a gradient: one expert chosen otherwise among equals moves the gate's by about 4e-3/√K."""
+TOLERANCE = 1e-3
+"""Largest relative error of a gradient in float32; one expert chosen otherwise among equals costs that much."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,6 +81,9 @@ class Batch(NamedTuple):
 
     x: Tensor
     target: Tensor
+
+
+LossOf = Callable[[MixtureOfDecoders, Batch], Tensor]
 
 
 def build(options: Options) -> tuple[MixtureOfDecoders, Batch]:
@@ -160,23 +163,30 @@ def products_step(layer: MixtureOfDecoders, batch: Batch, options: Options) -> C
 VARIANTS = {"mxd": mxd_step, "dense": dense_step, "products": products_step}
 
 
-def require_agreement(layer: MixtureOfDecoders, batch: Batch, options: Options) -> dict[str, float]:
-    """Return the relative error of loss and gradients, mxd's against the dense ones.
+def gradients(loss_of: LossOf, layer: MixtureOfDecoders, batch: Batch, options: Options) -> dict[str, Tensor]:
+    with autocast(options):
+        loss = loss_of(layer, batch)
+    names, weights = zip(*layer.named_parameters(), strict=True)
+    return {"loss": loss.detach(), **dict(zip(names, torch.autograd.grad(loss, weights), strict=True))}
+
+
+def require_agreement(layer: MixtureOfDecoders, batch: Batch, options: Options) -> dict[str, dict[str, float]]:
+    """Return the relative errors of loss and gradients, against the dense ones in float32.
+
+    In bfloat16 many scores are equal and each variant chooses among them, so mxd is held to what dense errs by.
 
     Raises:
-        ValueError: If one of them is larger than rounding explains.
+        ValueError: If one of mxd's is larger than rounding explains.
     """
-    gradients: list[dict[str, Tensor]] = []
-    for loss_of in (mxd_loss, dense_loss):
-        with autocast(options):
-            loss = loss_of(layer, batch)
-        names, weights = zip(*layer.named_parameters(), strict=True)
-        found = torch.autograd.grad(loss, weights)
-        gradients.append({"loss": loss.detach(), **dict(zip(names, found, strict=True))})
-    actual, expected = gradients
-    errors = {name: float((actual[name] - expected[name]).norm() / expected[name].norm()) for name in expected}
-    if max(errors.values()) > TOLERANCES[options.dtype]:
-        raise ValueError(f"mxd and dense must agree to {TOLERANCES[options.dtype]}; got {errors}.")
+    exact = gradients(dense_loss, layer, batch, replace(options, dtype="float32"))
+    errors: dict[str, dict[str, float]] = {}
+    for variant, loss_of in {"mxd": mxd_loss, "dense": dense_loss}.items():
+        found = gradients(loss_of, layer, batch, options)
+        errors[variant] = {name: float((found[name] - exact[name]).norm() / exact[name].norm()) for name in exact}
+    for name, error in errors["mxd"].items():
+        allowed = max(TOLERANCE, 1.1 * errors["dense"][name])
+        if not error <= allowed:
+            raise ValueError(f"The relative error of {name} must be at most {allowed:.1e}; got {error:.1e}.")
     return errors
 
 

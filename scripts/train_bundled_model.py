@@ -34,7 +34,7 @@ WARMUP_STEPS = 200
 DECAY_SHARE = 0.35
 PEAK_RATE = 3e-3
 SEED = 0
-TOKENS = 36e6
+TOKENS = 32e6
 TWICE_FROM_EPOCH = 2
 """Epoch from which library modules come twice an epoch: tests are two thirds of the text and read differently."""
 SHARED_LINES = 0.2

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mxd.kernels import mix, reference, route, routing, tables
+from mxd.kernels import dots, mix, reference, route, routing, tables
 from mxd.layers import (
     LAYERS,
     MixtureOfDecodersConfig,
@@ -76,6 +76,22 @@ def test_mix_equals_the_reference(
         assert_same((actual,), (expected,))
         cotangent = torch.randn(tokens, width, dtype=torch.float64)
         leaves = (values, table)
+        assert_same(
+            dense_gradients((actual * cotangent).sum(), leaves), dense_gradients((expected * cotangent).sum(), leaves)
+        )
+
+
+@settings(deadline=None, max_examples=60)
+@given(tokens=st.integers(0, 9), k=sizes, n=sizes, width=sizes, block=block_sizes, seed=seeds)
+def test_dots_equals_the_reference(tokens: int, k: int, n: int, width: int, block: int, seed: int) -> None:
+    dense, table = normal(tokens, width, seed=seed), normal(n, width, seed=1)
+    indices = torch.randint(n, (tokens, k), generator=torch.Generator().manual_seed(seed))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tables, "BLOCK_ELEMENTS", block)
+        actual, expected = dots(dense, indices, table), reference.dots(dense, indices, table)
+        assert_same((actual,), (expected,))
+        cotangent = torch.randn(tokens, k, dtype=torch.float64)
+        leaves = (dense, table)
         assert_same(
             dense_gradients((actual * cotangent).sum(), leaves), dense_gradients((expected * cotangent).sum(), leaves)
         )

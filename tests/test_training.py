@@ -174,7 +174,7 @@ def test_sinks_are_opened_with_the_first_step_that_they_will_get(config: TrainCo
         return sinks[-1]
 
     config = replace(config, layer=(0,), kind=("mxd",))
-    decompose(make_plan(config), tmp_path / "run", snapshot_every=0, sinks=[opener])
+    decompose(make_plan(config), tmp_path / "run", snapshot_every=0.0, sinks=[opener])
     (tmp_path / "run/finished.json").unlink()
     shutil.rmtree(tmp_path / "run/snapshots/0000000050")
     for _ in range(2):

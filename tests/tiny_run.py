@@ -59,8 +59,15 @@ def tiny_run(folder: Path) -> TinyRun:
 
 
 TINY: Settings = {
-    **{"layer": (0, 1), "kind": KINDS, "expansion": 8, "num-latents": None, "tokens": 12_288, "lr": 0.01},
-    **{"buffer-tokens": 4096, "eval-tokens": 1024, "precision": "float32"},
+    "layer": (0, 1),
+    "kind": KINDS,
+    "expansion": 8,
+    "num-latents": None,
+    "tokens": 12_288,
+    "lr": 0.01,
+    "buffer-tokens": 4096,
+    "eval-tokens": 1024,
+    "precision": "float32",
 }
 """What to ask of `training` to get the configuration of `tiny_run`."""
 

@@ -31,7 +31,7 @@ from mxd.evaluation.students import TrainedStudent, load_students, require_one_p
 from mxd.layers import MixtureOfDecoders
 from mxd.layers.sizing import flops_per_token
 from mxd.metrics import loss_recovered
-from mxd.models import LanguageModel, load_language_model
+from mxd.models import LanguageModel, fingerprint, load_language_model
 from mxd.runs.metrics_log import read_metrics
 from mxd.runs.run import is_finished, read_configuration
 
@@ -84,14 +84,10 @@ def evaluate_run(
     if together:
         require_one_per_layer(chosen)
     device = device or str(cast(dict[str, Any], description["resources"])["device"])
-    _require_device(device)
     dtype = "auto" if config["model_dtype"] == "auto" else getattr(torch, config["model_dtype"])
-    language_model = load_language_model(
-        config["model"],
-        revision=cast(dict[str, Any], description["model"])["revision"],
-        dtype=dtype,
-        device=device,
-    )
+    revision = cast(dict[str, Any], description["model"])["revision"]
+    language_model = load_language_model(config["model"], revision=revision, dtype=dtype, device=device)
+    _require_same_model(run, cast(dict[str, Any], description["model"]), language_model)
     for student in chosen:
         student.candidate.network.to(device)
     source = open_text(
@@ -122,7 +118,7 @@ _DESCRIBED = {
         *("context", "eval_tokens", "special_positions"),
     ),
     "resources": ("device",),
-    "model": ("revision",),
+    "model": ("revision", "fingerprint"),
 }
 """What evaluation reads of a run.json, beside its students."""
 
@@ -144,14 +140,12 @@ def _require_described(run: Path, description: Mapping[str, JSON]) -> None:
         )
 
 
-def _require_device(device: str) -> None:
-    try:
-        torch.zeros((), device=device).item()
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0].rstrip(".")
+def _require_same_model(run: Path, described: Mapping[str, Any], found: LanguageModel) -> None:
+    if described["fingerprint"] != fingerprint(cast(nn.Module, found.model)):
         raise ValueError(
-            f"device must be one that this machine's PyTorch can use; {device!r} is not ({reason}). Choose cpu."
-        ) from error
+            f"{run} must be evaluated with the model that it was trained on; the weights of {found.id} are others. "
+            "Restore that model, or train anew."
+        )
 
 
 def write_evaluation(run: Path, evaluation: Evaluation, *, title: str, footer: str) -> None:

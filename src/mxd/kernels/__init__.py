@@ -1,10 +1,10 @@
 """Sparse linear algebra behind one small interface.
 
-`route` selects, `mix` sums table rows; both are differentiable, and neither keeps or builds anything of size
-tokens × latents beyond one block of rows. `reference` restates both in one line each.
+`route` selects, `mix` sums table rows, `dots` multiplies with them; all are differentiable, and none keeps or builds
+anything of size tokens × latents beyond one block of rows. `reference` restates each in one line.
 """
 
 from mxd.kernels.routing import route
-from mxd.kernels.tables import mix
+from mxd.kernels.tables import dots, mix
 
-__all__ = ["mix", "route"]
+__all__ = ["dots", "mix", "route"]

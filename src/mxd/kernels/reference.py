@@ -21,3 +21,10 @@ def mix(
 ) -> Float[Tensor, "tokens d"]:
     """Return the sum of the named table rows, each times its value."""
     return torch.einsum("tk,tkd->td", values, table[indices])
+
+
+def dots(
+    dense: Float[Tensor, "tokens d"], indices: Int[Tensor, "tokens k"], table: Float[Tensor, "n d"]
+) -> Float[Tensor, "tokens k"]:
+    """Return each token's dot products with the table rows that it names."""
+    return torch.einsum("td,tkd->tk", dense, table[indices])

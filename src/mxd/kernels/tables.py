@@ -34,6 +34,15 @@ def mix(
     return flat.view(*values.shape[:-1], table.shape[1])
 
 
+def dots(
+    dense: Float[Tensor, "tokens d"], indices: Int[Tensor, "tokens k"], table: Float[Tensor, "n d"]
+) -> Float[Tensor, "tokens k"]:
+    """Return each token's dot products with the table rows that it names, differentiable in both."""
+    products = _Dots.apply(dense, indices, table)
+    assert isinstance(products, Tensor)
+    return products
+
+
 def weighted_rows(
     values: Float[Tensor, "tokens k"], indices: Int[Tensor, "tokens k"], table: Float[Tensor, "n d"]
 ) -> Float[Tensor, "tokens d"]:
@@ -46,13 +55,13 @@ def weighted_rows(
 def row_dots(
     dense: Float[Tensor, "tokens d"], indices: Int[Tensor, "tokens k"], table: Float[Tensor, "n d"]
 ) -> Float[Tensor, "tokens k"]:
-    """Return each token's dot products with the table rows that it names."""
-    dots = dense.new_empty(indices.shape)
+    """`dots` without a gradient."""
+    products = dense.new_empty(indices.shape)
     block = max(1, BLOCK_ELEMENTS // (indices.shape[1] * table.shape[1]))
     for start in range(0, len(indices), block):
         rows = slice(start, start + block)
-        torch.bmm(table[indices[rows]], dense[rows].to(table.dtype)[..., None], out=dots[rows][..., None])
-    return dots
+        torch.bmm(table[indices[rows]], dense[rows].to(table.dtype)[..., None], out=products[rows][..., None])
+    return products
 
 
 def row_sums(
@@ -85,4 +94,24 @@ class _Mix(torch.autograd.Function):
             row_dots(gradient, indices, table).to(values.dtype) if wants_values else None,
             None,
             row_sums(values, indices, gradient, len(table)) if wants_table else None,
+        )
+
+
+class _Dots(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, dense: Tensor, indices: Tensor, table: Tensor) -> Tensor:
+        ctx.save_for_backward(dense, indices, table)
+        return row_dots(dense, indices, table)
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride] # once_differentiable hides the names
+        ctx: Any, *gradients: Tensor
+    ) -> tuple[Tensor | None, None, Tensor | None]:
+        dense, indices, table = ctx.saved_tensors
+        wants_dense, _, wants_table = ctx.needs_input_grad
+        return (
+            weighted_rows(gradients[0], indices, table).to(dense.dtype) if wants_dense else None,
+            None,
+            row_sums(gradients[0], indices, dense, len(table)).to(table.dtype) if wants_table else None,
         )

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from mxd.kernels import route
+from mxd.kernels import dots, route
 from mxd.layers.selection import SparseCode
 
 
@@ -90,6 +90,11 @@ class SparseLayer(nn.Module, ABC):
         columns = self.scorer.weight.t().index_select(0, latents).t()
         values, places = route(self.scorer_input(x), columns, self.scorer.bias.index_select(0, latents), k)
         return SparseCode(values, latents[places])
+
+    def scores_of(self, x: Float[Tensor, "tokens d_in"], indices: Int[Tensor, "tokens k"]) -> Float[Tensor, "tokens k"]:
+        """Return the scores of the latents that each input names, not rectified."""
+        bias = self.scorer.bias.index_select(0, indices.flatten()).view_as(indices)
+        return dots(self.scorer_input(x), indices, self.scorer.weight.t()) + bias
 
     @abstractmethod
     def decode(self, x: Float[Tensor, "*batch d_in"], code: SparseCode) -> Float[Tensor, "*batch d_out"]:

@@ -1,6 +1,6 @@
 """Surgery on Hugging Face language models: find an MLP, read what flows through it, put something in its place."""
 
-from mxd.models.loading import LanguageModel, load_language_model
+from mxd.models.loading import LanguageModel, fingerprint, load_language_model, require_device
 from mxd.models.sites import MLP_SITES, MlpSite, MlpSpec, find_mlp, num_layers
 from mxd.models.surgery import MlpPair, Replacement, ablate_mlp, capture_mlp, mlp_pairs, replace_mlp
 
@@ -14,8 +14,10 @@ __all__ = [
     "ablate_mlp",
     "capture_mlp",
     "find_mlp",
+    "fingerprint",
     "load_language_model",
     "mlp_pairs",
     "num_layers",
     "replace_mlp",
+    "require_device",
 ]

@@ -1,10 +1,12 @@
 """Loading a language model from the hub or a folder, with errors that say what to do."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple, NoReturn, cast
 
 import torch
+from torch import nn
 
 from mxd.bundled import MODEL_NAME, bundled_model_folder
 
@@ -54,9 +56,10 @@ def load_language_model(
 
     Raises:
         FileNotFoundError: If the folder, its config.json, its safetensors weights or its tokenizer do not exist.
-        ValueError: If the hub has no such model or cannot be reached, the weights are damaged or do not fit the
-            config, or transformers does not know the architecture.
+        ValueError: If the device cannot be used, the hub has no such model or cannot be reached, the weights are
+            damaged or do not fit the config, or transformers does not know the architecture.
     """
+    require_device(device)
     folder = bundled_model_folder() if model_id == MODEL_NAME else Path(model_id).expanduser()
     source = model_id
     if folder.is_dir():
@@ -69,6 +72,31 @@ def load_language_model(
     commit = getattr(model.config, "_commit_hash", None)
     cast("torch.nn.Module", model).to(device).eval().requires_grad_(False)
     return LanguageModel(model, tokenizer, model_id, commit if isinstance(commit, str) else revision)
+
+
+def require_device(device: str | torch.device) -> None:
+    """Check that tensors can be put on this device and read back.
+
+    Raises:
+        ValueError: If they cannot.
+    """
+    try:
+        torch.zeros((), device=device).item()
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0].rstrip(".")
+        raise ValueError(
+            f"device must be one that this machine's PyTorch can use; '{device}' is not ({reason}). Choose cpu."
+        ) from error
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Return a digest of the names, shapes, types and a few entries of all weights: cheap, and other models differ."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        few = parameter.detach().flatten()[:: max(1, parameter.numel() // 64)].float().cpu()
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        digest.update(few.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _load_model(

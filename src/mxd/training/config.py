@@ -127,8 +127,8 @@ class TrainConfig:
         for name, value in {"weight-decay": self.weight_decay, "aux-coefficient": self.aux_coefficient}.items():
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"{name} must be a finite number of at least 0; got {value}.")
-        if self.clip is not None and not self.clip > 0:
-            raise ValueError(f"clip must be positive; got {self.clip}.")
+        if self.clip is not None and not 0 < self.clip < math.inf:
+            raise ValueError(f"clip must be a finite positive number; got {self.clip}.")
 
     def _check_learning_rates(self) -> None:
         if isinstance(self.lr, dict):

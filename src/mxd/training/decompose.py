@@ -1,6 +1,5 @@
 """From a configuration to a finished run: model, text, students, training, saved layers."""
 
-import hashlib
 import importlib.metadata
 import sys
 from collections.abc import Mapping, Sequence
@@ -19,7 +18,7 @@ from mxd.data.activations import ActivationStream
 from mxd.data.text import TextSource, open_text
 from mxd.data.tokens import TokenStream, open_tokens, special_tokens
 from mxd.layers import SparseLayer
-from mxd.models import LanguageModel, MlpPair, MlpSite, find_mlp, load_language_model, mlp_pairs
+from mxd.models import LanguageModel, MlpPair, MlpSite, find_mlp, fingerprint, load_language_model, mlp_pairs
 from mxd.runs.run import create_run, is_finished, is_run, mark_finished, reopen_run
 from mxd.runs.snapshots import SnapshotError
 from mxd.training.config import TrainConfig
@@ -83,7 +82,11 @@ class Plan:
         return {
             "config": cast(JSON, asdict(self.config)),
             "resources": cast(JSON, asdict(self.resources)),
-            "model": {"id": model.id, "revision": model.revision, "fingerprint": _fingerprint(model.model)},
+            "model": {
+                "id": model.id,
+                "revision": model.revision,
+                "fingerprint": fingerprint(cast(torch.nn.Module, model.model)),
+            },
             "text": cast(JSON, self.text.identity._asdict()),
             "modules": {str(layer): site.path for layer, site in self.sites.items()},
             "students": [cast(JSON, asdict(plan)) for plan in self.students],
@@ -313,13 +316,3 @@ def _provenance(plan: Plan, student: StudentPlan) -> Provenance:
         special_positions=plan.config.special_positions,
         mxd_version=importlib.metadata.version("mxd"),
     )
-
-
-def _fingerprint(model: Any) -> str:
-    """Return a digest of the model's architecture and of a few entries of every weight: cheap, and no two share it."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        few = parameter.detach().flatten()[:: max(1, parameter.numel() // 64)].float().cpu()
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        digest.update(few.numpy().tobytes())
-    return digest.hexdigest()

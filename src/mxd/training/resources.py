@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from mxd.models import require_device
 from mxd.training.config import TrainConfig
 
 WIDTH_FOR_BFLOAT16 = 256
@@ -45,13 +46,7 @@ def resolve_resources(config: TrainConfig, widest: int) -> Resources:
 def _device(asked: str) -> str:
     if asked == "auto":
         return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        torch.empty(0, device=asked)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(
-            f"device must be one that this machine's PyTorch can use; {asked!r} is not ({_first_line(error)}). "
-            "Choose cpu, or auto."
-        ) from error
+    require_device(asked)
     return asked
 
 
@@ -60,7 +55,3 @@ def _bfloat16_is_faster(device: str, widest: int) -> bool:
     if kind == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return kind == "cpu" and widest >= WIDTH_FOR_BFLOAT16 and torch.cpu._is_avx512_bf16_supported()
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__

@@ -129,12 +129,10 @@ class Student:
         dead = (tokens_before - self._last_fired >= self.config.dead_tokens).nonzero().squeeze(1)
         if len(dead) == 0:
             return x.new_zeros(())
-        weight, bias = self.network.scorer
-        columns = weight.t().index_select(0, dead).t()
-        scores = self.network.scorer_input(x) @ columns + bias.index_select(0, dead)
-        kept, places = scores.to(weight.dtype).topk(min(self.config.aux_k, len(dead)), dim=-1, sorted=False)
+        chosen = self.network.encode_among(x, dead, min(self.config.aux_k, len(dead))).indices
+        scores = self.network.scores_of(x, chosen)
         # Rectified, but with the identity's gradient: relu's would never reach a latent whose scores are all negative.
-        code = SparseCode(torch.where(kept > 0, kept, kept - kept.detach()), dead[places])
+        code = SparseCode(torch.where(scores > 0, scores, scores - scores.detach()), chosen)
         prediction = self.network.decode(x, code) - self.network.base(x)
         return dead_latent_loss(target.float() - output.prediction.float(), prediction.float())
 
