@@ -194,7 +194,7 @@ REFUSED_RUNS: dict[str, tuple[Callable[[TinyRun, Path], None], str, tuple[str, .
     "truncated layer": (truncated_layer, "", ("0/mxd-k4/model.safetensors must have the checksum", "Restore it")),
     "altered layer": (altered_layer, "", ("0/mxd-k4/model.safetensors must have the checksum", "Restore it")),
     "missing layer": (missing_layer, "", ("there is none at", "0/mxd-k4", "Check the path")),
-    "model of other widths": (wider_model, "", ("must have (d_in, d_out) = (20, 20)", "got (16, 16)")),
+    "model of other widths": (wider_model, "", ("must be evaluated with the model that it was trained on", "Restore")),
     "unknown student": (as_it_is, "--student mxd-k9", ("has no student mxd-k9", "1/topk-sae-k4")),
     "several in a layer": (as_it_is, "--together", ("one student a layer", "layer 0, 1", "--student")),
     "unknown device": (as_it_is, "--device abacus", ("device must be one", "'abacus' is not", "Choose cpu")),

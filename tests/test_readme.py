@@ -9,8 +9,11 @@ import mxd
 README = Path(__file__).parent.parent / "README.md"
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
+LAYERS_PAGE = README.parent / "docs/layers.md"
+
+
+def blocks(language: str, page: Path = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
 
 
 def test_the_python_lines_run_as_they_stand(
@@ -39,3 +42,8 @@ def test_every_file_that_the_readme_links_to_exists() -> None:
     links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith("http")]
     assert links
     assert [link for link in links if not (README.parent / link).exists()] == []
+
+
+@pytest.mark.parametrize("lines", blocks("python", LAYERS_PAGE))
+def test_the_examples_of_the_page_on_layers_run(lines: str) -> None:
+    exec(compile(lines, str(LAYERS_PAGE), "exec"), {})

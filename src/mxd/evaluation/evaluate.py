@@ -3,6 +3,7 @@
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypedDict, cast, get_args
 
@@ -157,7 +158,7 @@ def write_evaluation(run: Path, evaluation: Evaluation, *, title: str, footer: s
     write_report(
         run / "report.html",
         title=title,
-        facts=evaluation.facts,
+        facts={**evaluation.facts, "date": datetime.now(UTC).date().isoformat()},
         rows=evaluation.rows,
         curves=read_curves(read_metrics(metrics) if metrics.is_file() else []),
         experts=evaluation.experts,
@@ -179,10 +180,6 @@ def _evaluate(
     variants = {
         candidate.name: replacement(model, {candidate.layer: candidate.network}, text) for candidate in candidates
     }
-    for variant in variants.values():
-        # Entering it refuses a layer whose widths are not the model's.
-        with variant():
-            pass
     quality = reconstructions(model, candidates, text)
     for candidate in candidates:
         sums = quality[candidate.name].everywhere
@@ -212,12 +209,17 @@ def _evaluate(
         module_path=text.module_path,
     )
     tokens_trained = students[0].provenance.tokens_trained
+    blocks = sorted({candidate.layer for candidate in candidates})
     facts = {
         "model": language_model.id,
+        "layer" if len(blocks) == 1 else "layers": ", ".join(map(str, blocks)),
         "held-out text": text_name,
         "tokens evaluated": f"{held_out.contexts.numel():,}",
         "tokens trained": "unknown" if tokens_trained is None else f"{tokens_trained:,}",
         "context": f"{held_out.contexts.shape[1]} tokens",
+        "computed on": f"{next(model.parameters()).device}, model in {next(model.parameters()).dtype}".replace(
+            "torch.", ""
+        ),
     }
     return Evaluation(rows=rows, experts=experts, experts_of=shown.id, facts=facts)
 

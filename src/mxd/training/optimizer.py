@@ -47,7 +47,8 @@ def project_gradients_(tables: Iterable[nn.Parameter]) -> None:
     """
     for table in tables:
         if table.grad is not None:
-            along = torch.linalg.vecdot(table.grad, table)
+            # einsum and not vecdot, which builds the whole product first.
+            along = torch.einsum("nd,nd->n", table.grad, table)
             table.grad.addcmul_(table, along[:, None], value=-1)
 
 
