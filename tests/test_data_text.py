@@ -142,6 +142,11 @@ def local_errors() -> Iterator[tuple[str, str | bytes, str]]:
     yield "a.json", '["a", {"story": "b"}]', r"a.json, element 2 has the fields: 'story'"
     yield "a.json", '{"text": "a"}\n{"text": "b"}', r"Extra data, line 2\). .*\.jsonl"
     yield "a.json", '{"text": "a"}', r"list of rows or strings; .* holds a dict"
+    deep, long = "[" * 200_000 + "]" * 200_000, "1" * 5000
+    yield "a.jsonl", f'"a"\n{deep}', r"a.jsonl, line 2 is not \(.*recursion.*\). Repair or remove the line"
+    yield "a.json", deep, r"must be JSON that Python can read; .*a.json is not \(.*recursion.*\). Repair"
+    yield "a.jsonl", f'"a"\n{long}', r"a.jsonl, line 2 is not \(.*digits.*\). Repair or remove the line"
+    yield "a.json", f"[{long}]", r"a.json is not \(.*digits.*\). Repair"
     yield "a.parquet", "no table", r"Parquet table; .*a.parquet is not"
     yield "a.csv", "a,b", r"must end in .txt, .jsonl, .json, .parquet; got .*a.csv"
 

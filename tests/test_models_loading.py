@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,63 @@ def test_a_missing_tokenizer_is_reported(folder: Path) -> None:
 def test_unknown_architectures_are_refused(folder: Path, changes: dict[str, object], message: str) -> None:
     edit_config(folder, **changes)
     with pytest.raises(ValueError, match=message):
+        load_language_model(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("changes", "found"),
+    [
+        ({"n_embd": "abc"}, r"Validation error for field 'n_embd': .*expected int, got str.*"),
+        ({"n_head": 0}, r"ZeroDivisionError: .*by zero"),
+        ({"activation_function": "frob"}, "KeyError: 'frob'"),
+        ({"dtype": "frob"}, "AttributeError: .*'frob'"),
+    ],
+)
+def test_values_that_no_model_can_have_are_one_sentence(folder: Path, changes: dict[str, object], found: str) -> None:
+    edit_config(folder, **changes)
+    with pytest.raises(ValueError, match=rf"^A model must have .*found '.*' to fail \(.*{found}\)\. Correct .*\.$"):
+        load_language_model(str(folder))
+
+
+def test_llamas_that_the_config_itself_refuses(folder: Path) -> None:
+    config = hf.LlamaConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2)
+    for changes, found in (
+        ({"hidden_size": "abc"}, "field 'hidden_size': .*expected int"),
+        ({"num_attention_heads": 0}, "ZeroDivisionError: "),
+    ):
+        (folder / "config.json").write_text(json.dumps({**config.to_dict(), **changes}))
+        with pytest.raises(ValueError, match=rf"^A model must have .*found '.*' to fail \(.*{found}.*\)\. Correct "):
+            load_language_model(str(folder))
+
+
+@pytest.mark.parametrize("stage", ["AutoConfig", "AutoModelForCausalLM"])
+def test_a_library_that_a_model_needs_is_named_with_the_hint(
+    folder: Path, stage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ImportError("\nLoading this requires frob\n(`pip install frob`).")
+
+    monkeypatch.setattr(getattr(hf, stage), "from_pretrained", fail)
+    with pytest.raises(
+        ValueError,
+        match=r"^A model must need no library .*\(Loading this requires frob \(`pip install frob`\)\)\. Install",
+    ):
+        load_language_model(str(folder))
+
+
+@pytest.mark.skipif(find_spec("optimum") is not None, reason="optimum is installed")
+def test_a_quantized_model_without_its_library_is_one_sentence(folder: Path) -> None:
+    edit_config(folder, quantization_config={"quant_method": "gptq", "bits": 4})
+    with pytest.raises(ValueError, match=r"^A model must need no library .*optimum.*\. Install it"):
+        load_language_model(str(folder))
+
+
+def test_not_every_runtime_error_is_about_shapes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("No GPU found.\nMore.")
+
+    monkeypatch.setattr(hf.AutoModelForCausalLM, "from_pretrained", fail)
+    with pytest.raises(ValueError, match=r"to fail \(RuntimeError: No GPU found\)\. Correct"):
         load_language_model(str(folder))
 
 

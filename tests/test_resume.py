@@ -2,6 +2,7 @@ import errno
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -185,7 +186,7 @@ def test_exceptions_out_of_the_stream_at_any_step_change_nothing(mxd: Mxd, unint
         mxd.before_batch = fail
         ended = mxd(tmp_path / "run", "--resume")
         assert ended.status == 3
-        assert "the hub is gone; what" in mxd.last_line(ended)
+        assert f"broke off after step {step:,} (the hub is gone)" in mxd.last_line(ended)
         assert "continue with --resume" in mxd.last_line(ended)
         assert kept(tmp_path / "run")[-1] == step
         assert not list((tmp_path / "run").glob("layers"))
@@ -253,8 +254,8 @@ def test_resuming_where_there_is_no_run_or_no_snapshot_begins_anew(
 
     mxd.before_batch = fail
     assert mxd(run, "--resume", "--snapshot-every", "600").status == 3
-    assert not (run / "snapshots").exists()
-    assert len(metrics(run)) == 1
+    assert kept(run) == [21]
+    shutil.rmtree(run / "snapshots")
     mxd.before_batch = nothing
     assert mxd(run, "--resume", "--snapshot-every", "600").status == 0
     assert mxd.steps == list(range(STEPS))

@@ -14,9 +14,10 @@ import pytest
 from rich.console import Console
 
 from mxd.atomic import JSON, canonical_json, write_bytes_atomically, write_json_atomically
+from mxd.evaluation.students import load_students
 from mxd.runs.metrics_log import MetricsLog, MetricsSink, TensorBoardSink, WandbSink, flatten_record, read_metrics
 from mxd.runs.progress import MOST_STUDENTS, SmoothedRate, TrainingProgress
-from mxd.runs.run import create_run, is_finished, is_run, mark_finished, read_configuration, reopen_run
+from mxd.runs.run import create_run, is_finished, is_run, locked, mark_finished, read_configuration, reopen_run
 from mxd.runs.signals import interruptible
 
 
@@ -82,6 +83,65 @@ def test_a_folder_whose_creation_was_killed_can_be_created_again(tmp_path: Path)
     (tmp_path / "run.json").write_text("{")
     with pytest.raises(ValueError, match="must hold JSON"):
         read_configuration(tmp_path)
+
+
+def test_one_process_at_a_time_trains_in_a_run(tmp_path: Path) -> None:
+    run = tmp_path / "deep" / "run"
+    refused = r"^another process is training in .*run; wait for it or stop it\.$"
+    script = "import sys, pathlib, mxd.runs.run as r\nwith r.locked(pathlib.Path(sys.argv[1])): print('in')"
+    second = [sys.executable, "-c", script, str(run)]
+    with locked(run):
+        create_run(run, {})
+        with pytest.raises(ValueError, match=refused), locked(run):
+            pass
+        done = subprocess.run(second, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert "ValueError: another process is training in" in done.stderr
+        with locked(tmp_path / "other"):
+            pass
+    assert names(run) == [".lock", "run.json"]
+    with pytest.raises(KeyError), locked(run):
+        raise KeyError
+    assert subprocess.run(second, capture_output=True, text=True, check=True).stdout == "in\n"
+
+
+def test_a_lock_that_stayed_behind_is_no_run(tmp_path: Path) -> None:
+    with locked(tmp_path):
+        pass
+    assert names(tmp_path) == [".lock"]
+    assert not is_run(tmp_path)
+    create_run(tmp_path, {})
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="got a file"), locked(tmp_path / "file"):
+        pass
+
+
+def test_where_files_cannot_be_locked_training_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fcntl = pytest.importorskip("fcntl")
+    number = errno.ENOSYS
+
+    def fail(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    with locked(tmp_path), locked(tmp_path):
+        pass
+    number = errno.EIO
+    with pytest.raises(OSError, match="Input/output"), locked(tmp_path):
+        pass
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    with locked(tmp_path / "new"), locked(tmp_path / "new"):
+        pass
+    assert names(tmp_path) == [".lock"]
+
+
+@pytest.mark.parametrize(
+    ("student", "lacking"), [({}, "layer and id"), ({"layer": 3}, "id"), ({"id": "a", "layer": None}, "layer")]
+)
+def test_students_without_layer_or_id_are_refused(tmp_path: Path, student: dict[str, object], lacking: str) -> None:
+    described = [{"layer": 1, "id": "a"}, student]
+    with pytest.raises(ValueError, match=rf"run\.json must have .*; students\.1 lacks {lacking}; restore "):
+        load_students(tmp_path, described)
 
 
 def test_every_field_that_differs_is_named(tmp_path: Path) -> None:

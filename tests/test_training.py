@@ -354,8 +354,8 @@ def test_learning_rates_are_one_number_or_one_a_kind_or_by_width(config: TrainCo
         seen[student.network.kind] = student.config.lr
     assert seen == kinds
     for kind in KINDS:
-        rates = [learning_rate(replace(config, lr="auto"), kind, width) for width in (64, 256)]
-        assert rates[1] == pytest.approx(rates[0] / 2)
+        rates = [learning_rate(replace(config, lr="auto"), kind, width) for width in (64, 256, 1024)]
+        assert rates == pytest.approx([rates[0], rates[0], rates[0] / 4])
     assert (parsed("--lr", "auto").lr, parsed("--lr", "0.01").lr) == ("auto", 0.01)
     assert parsed("--lr", "mxd", "1e-3", "transcoder", "2e-3").lr == {"mxd": 1e-3, "transcoder": 2e-3}
     with pytest.raises(ValueError, match="topk-sae have none"):

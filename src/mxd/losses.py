@@ -13,11 +13,12 @@ def distillation_loss(
     $$L = \frac{1}{BO} \sum_{b,o} \frac{(y_{bo} - t_{bo})^2}{\lVert t_b \rVert_2}$$
 
     The length is not squared, as in the paper's released code (papers.md 1.3; its constant −1 is left out), so that
-    a token counts in proportion to its target's length. A target of zeros counts as one of the type's rounding
-    unit (1.2e-7 in float32), so that the loss stays finite.
+    a token counts in proportion to its target's length. A target of zeros has no direction to learn and counts 0,
+    instead of outweighing all others.
     """
-    length = torch.linalg.vector_norm(target, dim=-1, keepdim=True).clamp_min(torch.finfo(target.dtype).eps)
-    return ((prediction - target).square() / length).mean()
+    length = torch.linalg.vector_norm(target, dim=-1, keepdim=True)
+    weight = torch.where(length > 0, 1 / length, 0)
+    return ((prediction - target).square() * weight).mean()
 
 
 def dead_latent_loss(

@@ -1,11 +1,13 @@
 """`mxd demo`: everything once, with no argument and no network."""
 
+import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
-from typing import cast
 
 from rich.console import Console
 
+from mxd.atomic import json_text
 from mxd.bundled import MODEL_NAME
 from mxd.evaluation.evaluate import evaluate_run, write_evaluation
 from mxd.evaluation.tables import format_table
@@ -38,8 +40,9 @@ def demo(out: Path = Path("demo-run")) -> None:
     console = Console(stderr=True)
     if is_run(out):
         _require_demo(out)
-        shutil.rmtree(out)
     plan = make_plan(DEMO)
+    if is_run(out):
+        shutil.rmtree(out)
     console.print(
         f"Training {len(plan.students)} sparse layers at matched parameters to replace the MLP of layer "
         f"{DEMO.layer[0]} of mxd's bundled language model, on the source of Python's standard library …"
@@ -60,6 +63,5 @@ def demo(out: Path = Path("demo-run")) -> None:
 
 def _require_demo(out: Path) -> None:
     """Check that only a demo is about to be removed."""
-    config = cast(dict[str, object], read_configuration(out)["config"])
-    if (config["model"], config["text"]) != (MODEL_NAME, list(DEMO.text)):
+    if read_configuration(out).get("config") != json.loads(json_text(asdict(DEMO))):
         raise ValueError(f"{out} must be an earlier demo to be replaced; it is another run; name another --out.")

@@ -24,11 +24,13 @@ def evaluate(
 ) -> None:
     """Put a run's layers back into their model and measure what changes, on held-out text.
 
-    Writes RUN/evaluation.json, RUN/frontier.png and RUN/report.html.
+    Writes RUN/evaluation.json, RUN/frontier.png and RUN/report.html, unless --text or --student ask for something
+    else than the whole run on its own text.
 
     Args:
         run: Folder of a finished run.
-        text: Other text than the run's own; its held-out documents are used, as no training saw those.
+        text: Other text than the run's own; its held-out documents are used, which are the same wherever a document
+            stands, if its form (text, or token ids) is the same.
         tokens: Tokens to evaluate on, at most.
         student: Ids such as mxd-k32 or 8/mxd-k32; all by default.
         together: Also measure the model with all these layers in place at once; needs one student a layer.
@@ -37,11 +39,15 @@ def evaluate(
     """
     evaluation = evaluate_run(run, text=text, tokens=tokens, students=student, together=together, device=device)
     command = shlex.join(["mxd", *sys.argv[1:]])
-    write_evaluation(run, evaluation, title=f"Sparse layers of {evaluation.facts['model']}", footer=command)
+    is_whole = not (text or student)
+    if is_whole:
+        write_evaluation(run, evaluation, title=f"Sparse layers of {evaluation.facts['model']}", footer=command)
     if json_:
         print(json.dumps([row.to_json() for row in evaluation.rows], indent=2))
         return
     Console().print(format_table(evaluation.rows))
+    if not is_whole:
+        return
     # Square brackets in the name of a folder are no markup.
     Console(stderr=True, markup=False, highlight=False, soft_wrap=True).print(
         f"Wrote {run}/evaluation.json, frontier.png and report.html."

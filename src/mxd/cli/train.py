@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mxd.runs.metrics_log import TensorBoardSink, WandbSink
-from mxd.runs.run import is_finished, is_run, reopen_run
+from mxd.runs.run import is_finished, is_run, read_configuration, reopen_run
 from mxd.training.config import TrainConfig
 from mxd.training.decompose import KEPT_ON_RESUME, Plan, decompose, make_plan
 from mxd.training.train import SinkOpener, TrainingInterrupted
@@ -50,7 +50,7 @@ def train(
             raise ValueError(f"--{package} needs the package {package}; run pip install 'mxd[{package}]'.")
     # Square brackets in the name of a file are no markup.
     console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
-    plan = make_plan(config)
+    plan = make_plan(config, stored=read_configuration(out) if resume and is_run(out) else None)
     if resume and is_run(out) and not dry_run:
         # Checked again when training begins; here, so that a refusal is one sentence and nothing else.
         reopen_run(out, plan.description(), ignore=[f"resources.{name}" for name in KEPT_ON_RESUME])
@@ -111,7 +111,7 @@ def _show(plan: Plan, console: Console) -> None:
     console.print(table)
     epochs = plan.tokens.epochs_for(plan.config.tokens)
     passes = "streamed" if epochs is None else f"{epochs:.2f} epochs of the text"
-    memory = (12 * sum(student.parameters for student in plan.students) + plan.buffer_bytes) / 2**30
+    memory = (16 * sum(student.parameters for student in plan.students) + plan.buffer_bytes) / 2**30
     console.print(
         f"{plan.steps:,} steps, {plan.config.tokens:,} tokens ({passes}); {plan.resources.device}, "
         f"{plan.resources.precision}, {plan.resources.threads} threads; students and shuffle buffer take "

@@ -156,18 +156,28 @@ def _read_jsonl(path: Path, text_field: str) -> Iterator[Document]:
             raise ValueError(
                 f"Every line of a .jsonl must be a JSON value; {where} is not ({error.msg}). Repair or remove the line."
             ) from error
+        # Nested too deeply, or an integer of thousands of digits.
+        except (RecursionError, ValueError) as error:
+            raise ValueError(
+                f"Every line of a .jsonl must be a JSON value that Python can read; {where} is not ({error}). "
+                "Repair or remove the line."
+            ) from error
         if document := _json_document(value, text_field, where, row):
             yield document
 
 
 def _read_json(path: Path, text_field: str) -> Iterator[Document]:
+    text = _read_utf8(path)
     try:
-        value: object = json.loads(_read_utf8(path))
+        value: object = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(
             f"A .json must be valid JSON; {path} is not ({error.msg}, line {error.lineno}). "
             "Repair it, or name it .jsonl if each line is a row."
         ) from error
+    # Nested too deeply, or an integer of thousands of digits.
+    except (RecursionError, ValueError) as error:
+        raise ValueError(f"A .json must be JSON that Python can read; {path} is not ({error}). Repair it.") from error
     if not isinstance(value, list):
         raise ValueError(
             f"A .json must hold a list of rows or strings; {path} holds a {type(value).__name__}. "

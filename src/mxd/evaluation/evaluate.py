@@ -29,7 +29,7 @@ from mxd.evaluation.frontier import draw_frontier
 from mxd.evaluation.report import ExpertPage, write_report
 from mxd.evaluation.rows import TOGETHER, EvaluationRow
 from mxd.evaluation.students import TrainedStudent, load_students, require_one_per_layer
-from mxd.layers import MixtureOfDecoders
+from mxd.layers import MixtureOfDecoders, TopKAutoencoder
 from mxd.layers.sizing import flops_per_token
 from mxd.metrics import loss_recovered
 from mxd.models import LanguageModel, fingerprint, load_language_model
@@ -38,6 +38,9 @@ from mxd.runs.run import is_finished, read_configuration
 
 NOTABLE_DIFFERENCE = 0.1
 """Relative difference above which reconstruction errors with special positions are reported beside those without."""
+
+
+STAYS = "A TopK SAE reads the MLP's output: its parameters and FLOPs come on top of those of the MLP, which stays."
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -67,7 +70,7 @@ def evaluate_run(
 
     Args:
         run: Folder of a finished run.
-        text: Other text than the run's own; its held-out documents are used, as no training saw those.
+        text: Other text than the run's own; its held-out documents are used.
         tokens: Number of tokens at most; the run's own `eval_tokens` where None.
         students: Ids, or `<layer>/<id>`; all where empty.
         together: Whether to measure the model with all students in place at once too, one a layer.
@@ -95,6 +98,7 @@ def evaluate_run(
         list(text) or config["text"],
         text_field=config["text_field"],
         split=config["split"],
+        revision=None if text else cast(dict[str, Any], description["text"])["revision"],
         held_out_modules=held_out_modules(),
     )
     held_out = held_out_contexts(
@@ -120,6 +124,7 @@ _DESCRIBED = {
     ),
     "resources": ("device",),
     "model": ("revision", "fingerprint"),
+    "text": ("revision",),
 }
 """What evaluation reads of a run.json, beside its students."""
 
@@ -163,6 +168,7 @@ def write_evaluation(run: Path, evaluation: Evaluation, *, title: str, footer: s
         curves=read_curves(read_metrics(metrics) if metrics.is_file() else []),
         experts=evaluation.experts,
         experts_of=evaluation.experts_of,
+        notes=[STAYS] if any(row.kind == TopKAutoencoder.kind for row in evaluation.rows) else [],
         footer=footer,
     )
 

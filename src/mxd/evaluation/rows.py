@@ -37,7 +37,7 @@ class EvaluationRow:
     seed: int | None
     """Seed of the weights."""
     parameters: int | None
-    """Number of parameters of the sparse layer."""
+    """Number of parameters of the sparse layer; for a topk-sae on top of those of the MLP, which stays."""
     flops_per_token: int | None
     """Floating-point operations of one forward pass, a multiplication and an addition counted as two."""
     tokens_trained: int | None

@@ -7,6 +7,7 @@ from typing import Any
 
 from mxd.checkpoint import Provenance, load_checkpoint
 from mxd.evaluation.faithfulness import Candidate
+from mxd.runs.run import CONFIGURATION_FILE
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -32,8 +33,15 @@ def load_students(
         wanted: Ids, or `<layer>/<id>`; all where empty.
 
     Raises:
-        ValueError: If the run has no such student, or a layer is damaged.
+        ValueError: If the run has no such student, a layer is damaged, or a description lacks its layer or id.
     """
+    for number, plan in enumerate(described):
+        lacking = [field for field, kind in (("layer", int), ("id", str)) if not isinstance(plan.get(field), kind)]
+        if lacking:
+            raise ValueError(
+                f"Every student in {run / CONFIGURATION_FILE} must have its layer, a number, and id, a text; "
+                f"students.{number} lacks {' and '.join(lacking)}; restore the file from a copy."
+            )
     names = {f"{plan['layer']}/{plan['id']}": plan["id"] for plan in described}
     unknown = [name for name in wanted if name not in names and name not in names.values()]
     if unknown:

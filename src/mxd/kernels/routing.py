@@ -57,9 +57,10 @@ class _Route(torch.autograd.Function):
         wants = ctx.needs_input_grad
         kept = torch.where(values > 0, gradients[0], 0)
         num_latents = weight.shape[1]
-        # A popular latent's sum over thousands of tokens stalls in bfloat16.
-        terms = kept.flatten().to(torch.promote_types(kept.dtype, torch.float32))
-        bias_gradient = terms.new_zeros(num_latents).index_add_(0, indices.flatten(), terms).to(kept.dtype)
+        # A popular latent's sum over thousands of tokens stalls in bfloat16; index_add_ would be simpler, but not
+        # deterministic on CUDA.
+        ones = kept.new_ones(len(kept), 1, dtype=torch.promote_types(kept.dtype, torch.float32))
+        bias_gradient = row_sums(kept, indices, ones, num_latents)[:, 0].to(kept.dtype)
         return (
             weighted_rows(kept, indices, weight.t()).to(x.dtype) if wants[0] else None,
             row_sums(kept, indices, x.to(weight.dtype), num_latents).t() if wants[1] else None,

@@ -93,7 +93,7 @@ class SparseLayer(nn.Module, ABC):
 
     def scores_of(self, x: Float[Tensor, "tokens d_in"], indices: Int[Tensor, "tokens k"]) -> Float[Tensor, "tokens k"]:
         """Return the scores of the latents that each input names, not rectified."""
-        bias = self.scorer.bias.index_select(0, indices.flatten()).view_as(indices)
+        bias = dots(x.new_ones(len(x), 1), indices, self.scorer.bias[:, None])
         return dots(self.scorer_input(x), indices, self.scorer.weight.t()) + bias
 
     @abstractmethod

@@ -57,7 +57,8 @@ def load_language_model(
     Raises:
         FileNotFoundError: If the folder, its config.json, its safetensors weights or its tokenizer do not exist.
         ValueError: If the device cannot be used, the hub has no such model or cannot be reached, the weights are
-            damaged or do not fit the config, or transformers does not know the architecture.
+            damaged or do not fit the config, or transformers does not know the architecture, cannot use the config or
+            misses a library that the model needs.
     """
     require_device(device)
     folder = bundled_model_folder() if model_id == MODEL_NAME else Path(model_id).expanduser()
@@ -111,7 +112,9 @@ def _load_model(
 
     try:
         config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+    # Everything, on purpose: the config is a stranger's, and what its values lead to inside transformers (a division by
+    # zero, a missing attribute, huggingface_hub's own validation errors) has no common base.
+    except Exception as error:
         _explain_config(model_id, revision, error)
     verbosity = transformers_logging.get_verbosity()
     # Its report on missing and mismatched weights is a table; ours is a sentence.
@@ -126,7 +129,9 @@ def _load_model(
             use_safetensors=True,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    # Everything, on purpose, as above: here the model is built from the config's values, and quantized ones need
+    # libraries that may be missing.
+    except Exception as error:
         _explain_weights(model_id, error)
     finally:
         transformers_logging.set_verbosity(verbosity)
@@ -230,11 +235,15 @@ def _explain_config(model_id: str, revision: str | None, error: Exception) -> No
         message = f"A revision must exist on the hub; found no {at}. Check the model's branches and tags."
     elif "valid JSON" in text:
         message = f"A model's config.json must be JSON; found something else in {at}. Copy or download it again."
+    elif isinstance(error, ImportError):
+        message = _library_missing(at, error)
     elif isinstance(error, (ValueError, KeyError)):
         message = (
             f"A model must be of an architecture that transformers {transformers.__version__} knows; found {at} with "
             f"a model_type in its config.json that is unknown or missing. Check the config, or upgrade transformers."
         )
+    elif not isinstance(error, OSError):
+        message = _unusable(at, error)
     else:
         message = (
             f"A model must be a folder, a model on the Hugging Face hub, or in its local cache when the hub cannot be "
@@ -245,7 +254,7 @@ def _explain_config(model_id: str, revision: str | None, error: Exception) -> No
 
 def _explain_weights(model_id: str, error: Exception) -> NoReturn:
     text = str(error)
-    if isinstance(error, RuntimeError):
+    if isinstance(error, RuntimeError) and "mismatch" in text:
         raise ValueError(
             f"The weights of '{model_id}' must have the shapes that its config.json says; found some that do not. "
             "Take config.json and weights from the same model."
@@ -259,4 +268,27 @@ def _explain_weights(model_id: str, error: Exception) -> NoReturn:
         ) from error
     if isinstance(error, OSError):
         raise FileNotFoundError(_no_weights(model_id)) from error
-    raise ValueError(f"'{model_id}' must load as a causal language model; transformers found: {text}") from error
+    at = f"'{model_id}'"
+    raise ValueError(_library_missing(at, error) if isinstance(error, ImportError) else _unusable(at, error)) from error
+
+
+def _library_missing(at: str, error: ImportError) -> str:
+    # The whole text: its hint, what to install, may come after the first line.
+    hint = " ".join(str(error).split()).rstrip(".")
+    return (
+        f"A model must need no library that is not installed; found {at} to need one ({hint}). "
+        "Install it, or give a model that does without, such as the unquantized one."
+    )
+
+
+def _unusable(at: str, error: Exception) -> str:
+    import transformers
+
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    # huggingface_hub's validation errors are a heading, which ends in a colon, and the reason beneath it.
+    reason = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1]).rstrip(".")
+    found = f"{type(error).__name__}: {reason}" if reason else type(error).__name__
+    return (
+        f"A model must have a config.json from which transformers {transformers.__version__} can load a causal "
+        f"language model; found {at} to fail ({found}). Correct its config.json, or copy or download the model again."
+    )

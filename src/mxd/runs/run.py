@@ -1,8 +1,11 @@
 """The folder of a run: its immutable configuration and whether it has finished."""
 
+import errno
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Generator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
+from importlib.util import find_spec
 from pathlib import Path
 from typing import cast
 
@@ -10,22 +13,25 @@ from mxd.atomic import JSON, json_text, partial_path, write_json_atomically
 
 CONFIGURATION_FILE = "run.json"
 FINISHED_FILE = "finished.json"
+LOCK_FILE = ".lock"
+
+_NO_LOCKS_HERE = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
 
 
 def create_run(path: Path, configuration: Mapping[str, JSON]) -> None:
     """Make the run's folder and write its configuration to `run.json`, once and for all.
 
     Raises:
-        ValueError: If the folder exists and is not empty, or the configuration holds NaN or infinity.
+        ValueError: If the folder exists and holds anything but the lock, or the configuration holds NaN or infinity.
         TypeError: If the configuration holds something that is no JSON value.
     """
     json_text(configuration)
     if is_run(path):
         raise ValueError(f"{path} exists; pass --resume to continue it or name another --out.")
-    if path.exists() and not path.is_dir():
-        raise ValueError(f"{path} must be a folder or not exist; got a file; name another --out.")
+    _refuse_file(path)
     configuration_file = path / CONFIGURATION_FILE
-    if path.exists() and any(entry != partial_path(configuration_file) for entry in path.iterdir()):
+    harmless = {partial_path(configuration_file), path / LOCK_FILE}
+    if path.exists() and any(entry not in harmless for entry in path.iterdir()):
         raise ValueError(f"{path} exists, is not empty and holds no {CONFIGURATION_FILE}; name another --out.")
     path.mkdir(parents=True, exist_ok=True)
     write_json_atomically(configuration_file, configuration)
@@ -90,6 +96,45 @@ def mark_finished(path: Path, step: int) -> None:
 def is_finished(path: Path) -> bool:
     """Whether `mark_finished` was called on this run."""
     return (path / FINISHED_FILE).is_file()
+
+
+@contextmanager
+def locked(path: Path) -> Generator[None, None, None]:
+    """Keep other processes from training in the run's folder, which is made if need be, for as long as this is open.
+
+    The lock is on the open file `.lock`, so it ends with the process, however that ends; the file stays. Where files
+    cannot be locked, as on Windows and some network file systems, nothing is kept out.
+
+    Raises:
+        ValueError: If another process, or this one elsewhere, has the lock, or the path is a file.
+    """
+    if find_spec("fcntl") is None:
+        yield
+        return
+    import fcntl
+
+    _refuse_file(path)
+    path.mkdir(parents=True, exist_ok=True)
+    with (path / LOCK_FILE).open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"another process is training in {path}; wait for it or stop it.") from error
+        except OSError as error:
+            if error.errno not in _NO_LOCKS_HERE:
+                raise
+            yield
+            return
+        try:
+            yield
+        finally:
+            # Closing alone would leave the lock to forked children, which share the open file.
+            fcntl.flock(file, fcntl.LOCK_UN)
+
+
+def _refuse_file(path: Path) -> None:
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{path} must be a folder or not exist; got a file; name another --out.")
 
 
 class _Absent:

@@ -50,7 +50,7 @@ class TrainConfig:
     buffer_tokens: int = 131_072
     """Tokens whose activations are shuffled together; memory is this times the widths of x and target, per layer."""
     lr: float | Literal["auto"] | dict[str, float] = "auto"
-    """Learning rate: auto (docs: by kind and width), a number, or pairs of kind and number."""
+    """Learning rate: auto (by kind and width: docs/training.md), a number, or pairs of kind and number."""
     schedule: Literal["constant", "linear"] = "constant"
     """What the learning rate does after warm-up: stay, or fall linearly to nothing."""
     warmup_tokens: int | Literal["auto"] = "auto"
@@ -124,6 +124,8 @@ class TrainConfig:
         for name, value in {"seed": self.seed, "warmup-tokens": self.warmup_tokens}.items():
             if isinstance(value, int) and value < 0:
                 raise ValueError(f"{name} must be at least 0; got {value}.")
+        if isinstance(self.warmup_tokens, int) and self.warmup_tokens > self.tokens:
+            raise ValueError(f"warmup-tokens must be at most tokens, {self.tokens}; got {self.warmup_tokens}.")
         for name, value in {"weight-decay": self.weight_decay, "aux-coefficient": self.aux_coefficient}.items():
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"{name} must be a finite number of at least 0; got {value}.")

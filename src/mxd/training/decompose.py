@@ -19,7 +19,7 @@ from mxd.data.text import TextSource, open_text
 from mxd.data.tokens import TokenStream, open_tokens, special_tokens
 from mxd.layers import SparseLayer
 from mxd.models import LanguageModel, MlpPair, MlpSite, find_mlp, fingerprint, load_language_model, mlp_pairs
-from mxd.runs.run import create_run, is_finished, is_run, mark_finished, reopen_run
+from mxd.runs.run import create_run, is_finished, is_run, locked, mark_finished, reopen_run
 from mxd.runs.snapshots import SnapshotError
 from mxd.training.config import TrainConfig
 from mxd.training.grid import StudentPlan, plan_students
@@ -95,8 +95,12 @@ class Plan:
         }
 
 
-def make_plan(config: TrainConfig) -> Plan:
+def make_plan(config: TrainConfig, stored: Mapping[str, JSON] | None = None) -> Plan:
     """Load the model, read and check the text, and size the students; nothing is written but the token cache.
+
+    Args:
+        config: What is asked for.
+        stored: The run.json of the run that is to be continued, whose commits of hub repositories are used again.
 
     Raises:
         ValueError: If anything asked for does not fit together.
@@ -105,14 +109,21 @@ def make_plan(config: TrainConfig) -> Plan:
     dtype = "auto" if config.model_dtype == "auto" else cast(torch.dtype, getattr(torch, config.model_dtype))
     resources = resolve_resources(config, widest=0)
     torch.set_num_threads(resources.threads)
-    language_model = load_language_model(config.model, revision=config.revision, dtype=dtype, device=resources.device)
+    model_commit, text_commit = (config.revision, None) if stored is None else _stored_commits(stored)
+    language_model = load_language_model(config.model, revision=model_commit, dtype=dtype, device=resources.device)
     model = language_model.model
     sites = {layer: find_mlp(cast(torch.nn.Module, model), layer, config.module) for layer in config.layer}
     resources = resolve_resources(config, widest=max(site.d_in for site in sites.values()))
     students = plan_students(config, sites)
     _check_beginnings(config, students)
     require_context(model, config.context)
-    text = open_text(config.text, text_field=config.text_field, split=config.split, held_out_modules=held_out_modules())
+    text = open_text(
+        config.text,
+        text_field=config.text_field,
+        split=config.split,
+        revision=text_commit,
+        held_out_modules=held_out_modules(),
+    )
     tokens = open_tokens(
         text,
         language_model.tokenizer,
@@ -159,7 +170,8 @@ def decompose(
     else:
         create_run(out, description)
     try:
-        _train_and_save(plan, out, snapshot_every, sinks)
+        with locked(out):
+            _train_and_save(plan, out, snapshot_every, sinks)
     except SnapshotError:
         raise
     except OSError as error:
@@ -230,6 +242,11 @@ def require_context(model: Any, context: int) -> None:
         raise ValueError(f"context must be at most {longest}, the model's number of positions; got {context}.")
 
 
+def _stored_commits(stored: Mapping[str, JSON]) -> tuple[str | None, str | None]:
+    model, text = (cast(Mapping[str, Any], stored[name]) for name in ("model", "text"))
+    return model["revision"], text["revision"]
+
+
 def _stored_resources(resources: Resources, stored: Mapping[str, JSON]) -> Resources:
     known = cast(Mapping[str, Any], stored["resources"])
     return replace(resources, **{name: known[name] for name in KEPT_ON_RESUME if name in known})
@@ -291,6 +308,12 @@ def _start_from_activations(plan: Plan, students: Sequence[Student]) -> None:
         for layer, pair in pairs.items():
             captured[layer].append(MlpPair(*(tensor.float() for tensor in pair)))
     plan.tokens.restore(beginning)
+    for layer, pairs in captured.items():
+        if not all(torch.isfinite(tensor).all() for pair in pairs for tensor in pair):
+            raise TrainingFault(
+                f"activations must be finite; one of layer {layer} is NaN or infinite before step 1. "
+                "Run the model in a wider type (--model-dtype float32)."
+            )
     for student in students:
         if plan.config.normalize_input:
             x = torch.cat([pair.x.flatten(0, 1) for pair in captured[student.layer]])

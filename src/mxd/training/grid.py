@@ -21,9 +21,10 @@ from mxd.layers.sizing import matched_num_latents, transcoder_budget
 from mxd.models import MlpSite
 from mxd.training.config import TrainConfig
 
-REFERENCE_WIDTH = 64
-REFERENCE_RATES = {"mxd": 2e-3, "transcoder": 2e-3, "skip-transcoder": 2e-3, "topk-sae": 2e-3}
-"""Learning rates at `REFERENCE_WIDTH`; wider layers take 1/√width of it (docs/training.md has the sweep)."""
+REFERENCE_WIDTH = 256
+REFERENCE_RATES = {"mxd": 4e-3, "transcoder": 4e-3, "skip-transcoder": 4e-3, "topk-sae": 4e-3}
+"""Learning rates up to `REFERENCE_WIDTH`; wider layers take theirs in inverse proportion to the width
+(docs/training.md has the sweep)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,7 +82,7 @@ def learning_rate(config: TrainConfig, kind: str, width: int) -> float:
     if isinstance(config.lr, dict):
         return config.lr[kind]
     if isinstance(config.lr, str):
-        return REFERENCE_RATES[kind] * (REFERENCE_WIDTH / width) ** 0.5
+        return REFERENCE_RATES[kind] * min(1.0, REFERENCE_WIDTH / width)
     return config.lr
 
 
@@ -113,8 +114,10 @@ def layer_config(config: TrainConfig, site: MlpSite, kind: str, k: int) -> Spars
             return TranscoderConfig(d_in=d_in, d_out=d_out, num_latents=num_latents, k=k)
         case "skip-transcoder":
             return SkipTranscoderConfig(d_in=d_in, d_out=d_out, num_latents=num_latents, k=k)
-        case _:
+        case "topk-sae":
             return TopKAutoencoderConfig(d_in=d_in, num_latents=num_latents, k=k)
+        case _:
+            raise ValueError(f"kind must be one that training can size: {', '.join(REFERENCE_RATES)}; got {kind!r}.")
 
 
 def _activation(config: TrainConfig, site: MlpSite) -> Activation:

@@ -9,7 +9,7 @@ from mxd.models import require_device
 from mxd.training.config import TrainConfig
 
 WIDTH_FOR_BFLOAT16 = 256
-"""Narrowest layer for which bfloat16 products pay for their casts on a CPU (benchmarks/precision.py)."""
+"""Narrowest layer for which bfloat16 products pay for their casts on a CPU (benchmarks/train_step.py --dtype)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

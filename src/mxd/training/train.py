@@ -77,7 +77,7 @@ def train(
         sinks: Where else metrics go; opened at the start and closed at the end.
 
     Raises:
-        TrainingFault: If an activation, a loss or a weight is not finite.
+        TrainingFault: If an activation, a loss or a weight is not finite, or the stream breaks off.
         TrainingInterrupted: If SIGINT or SIGTERM arrived; a snapshot was written first.
         OSError: If metrics or a snapshot cannot be written; the snapshots before it stay.
     """
@@ -93,7 +93,7 @@ def train(
         progress = stack.enter_context(
             TrainingProgress(schedule.steps * batch_tokens, names, "Training", tokens_at_start=first * batch_tokens)
         )
-        for step, batch in enumerate(stream, start=first):
+        for step, batch in enumerate(_batches(stream, students, run, first), start=first):
             for student in students:
                 rows = batch.layers[student.layer]
                 student.step(
@@ -120,6 +120,28 @@ def train(
                 last_snapshot = time.monotonic()
             if stop.requested is not None and done < schedule.steps:
                 raise TrainingInterrupted(f"{stop.requested} after step {done:,} of {schedule.steps:,}")
+
+
+def _batches(stream: ActivationSource, students: Sequence[Student], run: Path, first: int) -> Iterator[ActivationBatch]:
+    """Yield the stream's batches; where it breaks off after some steps, keep what they have learnt."""
+    batches, done = iter(stream), first
+    while True:
+        position = _position(stream)
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        # Whatever a network, a disk or a row of text may raise: between two steps the students are whole.
+        except Exception as error:
+            if done == 0:
+                raise
+            save_snapshot(run / "snapshots", done, _tensors(students), position)
+            raise TrainingFault(
+                f"the stream of activations must go on; it broke off after step {done:,} ({error}). "
+                "A snapshot holds everything until then: remove the cause, then continue with --resume."
+            ) from error
+        yield batch
+        done += 1
 
 
 def _resume(students: Sequence[Student], stream: ActivationSource, run: Path) -> int:
