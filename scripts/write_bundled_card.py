@@ -24,7 +24,16 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 from safetensors import safe_open
 
-from train_bundled_model import BATCH, CONTEXT, DECAY_SHARE, PEAK_RATE, SEED, SHARED_LINES, WARMUP_STEPS
+from train_bundled_model import (
+    BATCH,
+    CONTEXT,
+    DECAY_SHARE,
+    PEAK_RATE,
+    SEED,
+    SHARED_LINES,
+    TWICE_FROM_EPOCH,
+    WARMUP_STEPS,
+)
 
 SMOOTHED_RECORDS = 25
 """Logged training losses whose mean is shown."""
@@ -196,7 +205,9 @@ Left out were
 ## Training
 
 {facts["tokens"]:,} tokens ({epochs:.1f} epochs) in {facts["steps"]:,} steps of {BATCH} contexts of {CONTEXT} tokens;
-each epoch shuffles the documents and cuts them anew. Muon for the blocks' matrices, AdamW for embeddings, norms and
+each epoch shuffles the documents and cuts them anew, and from epoch {TWICE_FROM_EPOCH + 1} on the library's modules
+come twice in it, its tests once. That rule and the number of tokens were settled while the held-out loss was being
+watched, so it is a little flattered. Muon for the blocks' matrices, AdamW for embeddings, norms and
 biases, both with peak learning rate {PEAK_RATE:g}: linear warm-up over {WARMUP_STEPS} steps ({warmup_tokens:,}
 tokens), constant, then a linear fall to nothing over the last {DECAY_SHARE:.0%} of the steps. Gradients are clipped to
 norm 1; there is no dropout; matrix products run under bfloat16 autocast and weights stay float32. Seed {SEED}.
