@@ -1,11 +1,11 @@
 """Train the language model that mxd ships: a small GPT-2 on the source of Python's standard library.
 
-    python scripts/train_bundled_model.py --out build/bundled-model          # about three hours on two cores
+    python scripts/train_bundled_model.py --out build/bundled-model          # over an hour on two cores
     python scripts/train_bundled_model.py --out build/bundled-model --resume
 
-The same seed, Python, machine and number of threads give the same weights. What it reads, in order: the modules of the standard library
-that are not held out, and the library's own tests where this Python has them. The run folder keeps the tokenizer,
-`metrics.jsonl` and the newest snapshot; the finished model is exported as bf16 safetensors in Hugging Face's layout.
+The same seed, Python, machine and number of threads give the same weights. It reads the modules of the standard library
+that are not held out, and the library's own tests where this Python has them. The run folder keeps `metrics.jsonl`, the
+newest snapshots and, at the end, the model as bf16 safetensors in Hugging Face's layout with its tokenizer.
 """
 
 import argparse
