@@ -278,7 +278,7 @@ def machine() -> dict[str, object]:
         "load_average_before": round(os.getloadavg()[0], 2),
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.machine()}",
     }
 
 
