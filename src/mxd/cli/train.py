@@ -109,6 +109,10 @@ def _show(plan: Plan, console: Console) -> None:
         cells = [str(student.layer), student.id, f"{network.num_latents:,}", str(network.k), f"{student.parameters:,}"]
         table.add_row(*cells, f"{student.lr:.2g}")
     console.print(table)
+    if plan.text.is_local and next(plan.text.documents(held_out=True), None) is None:
+        console.print(
+            f"{plan.text.name} has so few documents that none is held out: mxd evaluate will need other text (--text)."
+        )
     epochs = plan.tokens.epochs_for(plan.config.tokens)
     passes = "streamed" if epochs is None else f"{epochs:.2f} epochs of the text"
     memory = (16 * sum(student.parameters for student in plan.students) + plan.buffer_bytes) / 2**30
