@@ -15,6 +15,7 @@ from mxd.checkpoint import load_checkpoint, load_layer
 from mxd.data.activations import ActivationBatch, ActivationStream
 from mxd.layers import MixtureOfDecodersConfig, SparseLayerOutput
 from mxd.layers.sizing import transcoder_budget
+from mxd.metrics import error_sums
 from mxd.models import mlp_pairs
 from mxd.runs.metrics_log import read_metrics
 from mxd.training import decompose as decomposing
@@ -262,7 +263,7 @@ def test_a_folded_normalization_does_on_plain_inputs_what_was_trained_on_normali
     for parameter in layer.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
     before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
-    normalization = input_normalization(x)
+    normalization = input_normalization(error_sums(x, x))
     torch.testing.assert_close(normalization(x).mean(0), torch.zeros(D).double(), atol=1e-5, rtol=0)
     assert float(normalization(x).square().mean()) == pytest.approx(1, rel=1e-5)
     expected = layer(normalization(x)).prediction

@@ -1,6 +1,7 @@
 """From a configuration to a finished run: model, text, students, training, saved layers."""
 
 import importlib.metadata
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -18,12 +19,18 @@ from mxd.data.activations import ActivationStream
 from mxd.data.text import TextSource, open_text
 from mxd.data.tokens import TokenStream, open_tokens, special_tokens
 from mxd.layers import SparseLayer
+from mxd.metrics import ErrorSums, error_sums
 from mxd.models import LanguageModel, MlpPair, MlpSite, find_mlp, fingerprint, load_language_model, mlp_pairs
 from mxd.runs.run import create_run, is_finished, is_run, locked, mark_finished, reopen_run
 from mxd.runs.snapshots import SnapshotError
 from mxd.training.config import TrainConfig
 from mxd.training.grid import StudentPlan, plan_students
-from mxd.training.normalization import fold_input_normalization_, input_normalization, require_foldable
+from mxd.training.normalization import (
+    InputNormalization,
+    fold_input_normalization_,
+    input_normalization,
+    require_foldable,
+)
 from mxd.training.optimizer import Schedule
 from mxd.training.resources import Resources, resolve_resources
 from mxd.training.student import Student, StudentConfig
@@ -301,29 +308,31 @@ def _start_from_activations(plan: Plan, students: Sequence[Student]) -> None:
     """Set input normalisations and output biases from the first block, which training sees again from its start."""
     beginning = plan.tokens.state()
     contexts = min(plan.config.buffer_tokens, plan.config.tokens) // plan.config.context
-    captured: dict[int, list[MlpPair]] = {layer: [] for layer in plan.sites}
     model = cast(torch.nn.Module, plan.language_model.model)
+    sums: dict[int, list[ErrorSums]] = {}
     for chunk in plan.tokens.take(max(1, contexts)).split(max(1, FORWARD_TOKENS // plan.config.context)):
         pairs = mlp_pairs(model, chunk.to(plan.resources.device), list(plan.sites), module_path=plan.config.module)
         for layer, pair in pairs.items():
-            captured[layer].append(MlpPair(*(tensor.float() for tensor in pair)))
+            here = [error_sums(rows, rows) for rows in (tensor.float().flatten(0, 1) for tensor in pair)]
+            sums[layer] = [old + new for old, new in zip(sums[layer], here, strict=True)] if layer in sums else here
     plan.tokens.restore(beginning)
-    for layer, pairs in captured.items():
-        if not all(torch.isfinite(tensor).all() for pair in pairs for tensor in pair):
+    for layer, both in sums.items():
+        if not all(math.isfinite(of_one.square) for of_one in both):
             raise TrainingFault(
                 f"activations must be finite; one of layer {layer} is NaN or infinite before step 1. "
                 "Run the model in a wider type (--model-dtype float32)."
             )
     for student in students:
+        inputs, targets = sums[student.layer]
+        bias = student.network.get_parameter("b_dec")
         if plan.config.normalize_input:
-            x = torch.cat([pair.x.flatten(0, 1) for pair in captured[student.layer]])
-            student.normalization = input_normalization(x)
+            mean, scale = input_normalization(inputs)
+            student.normalization = InputNormalization(mean.to(bias.device), scale.to(bias.device))
             if plan.config.init_from is not None:
                 fold_input_normalization_(student.network, student.normalization.inverse())
         if plan.config.output_bias == "mean":
-            target = torch.cat([pair.target.flatten(0, 1) for pair in captured[student.layer]])
             with torch.no_grad():
-                student.network.get_parameter("b_dec").copy_(target.mean(dim=0))
+                bias.copy_(targets.target / targets.tokens)
 
 
 def _provenance(plan: Plan, student: StudentPlan) -> Provenance:

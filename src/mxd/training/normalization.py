@@ -1,5 +1,6 @@
 """Training on normalised inputs, without a trace of it in the layer that is saved."""
 
+import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -8,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mxd.layers import SparseLayer
+from mxd.metrics import ErrorSums
 
 
 class InputNormalization(NamedTuple):
@@ -27,17 +29,17 @@ class InputNormalization(NamedTuple):
         return InputNormalization(-self.mean / self.scale, 1 / self.scale)
 
 
-def input_normalization(x: Float[Tensor, "tokens d_in"]) -> InputNormalization:
-    """Return the normalisation of these inputs.
+def input_normalization(sums: ErrorSums) -> InputNormalization:
+    """Return the normalisation of inputs of which these are the sums (`error_sums(x, x)`), in float32.
 
     Raises:
         ValueError: If they do not vary or are not finite, so that there is no scale.
     """
-    mean = x.float().mean(dim=0)
-    scale = (x.float() - mean).square().mean().sqrt()
-    if not (torch.isfinite(scale) and scale > 0):
-        raise ValueError(f"inputs must vary and be finite to be normalised; their scale is {float(scale)}.")
-    return InputNormalization(mean, scale)
+    mean = sums.target / sums.tokens
+    variance = (sums.square / sums.tokens - float(mean.square().sum())) / len(mean)
+    if not (math.isfinite(variance) and variance > 0):
+        raise ValueError(f"inputs must vary and be finite to be normalised; their variance is {variance}.")
+    return InputNormalization(mean.float(), torch.tensor(variance).sqrt())
 
 
 @torch.no_grad()
