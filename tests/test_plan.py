@@ -1,6 +1,7 @@
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from mxd.models import MlpPair, load_language_model
 from mxd.training import decompose as decomposing
 from mxd.training.config import TrainConfig
 from mxd.training.decompose import decompose, make_plan
-from mxd.training.train import TrainingFault
+from mxd.training.train import TrainingFault, TrainingInterrupted
 from tests.train_command import Mxd
 
 
@@ -79,3 +80,16 @@ def test_the_demo_replaces_a_demo_and_no_other_run(tmp_path: Path) -> None:
     (tmp_path / "other/run.json").write_text("{}")
     with pytest.raises(ValueError, match="must be an earlier demo to be replaced"):
         demo_command._require_demo(tmp_path / "other")
+
+
+def test_an_interrupted_demo_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: object) -> None:
+        raise TrainingInterrupted("SIGINT after step 7 of 245")
+
+    def planned(config: TrainConfig) -> Any:
+        return SimpleNamespace(students=[])
+
+    monkeypatch.setattr(demo_command, "make_plan", planned)
+    monkeypatch.setattr(demo_command, "decompose", stop)
+    with pytest.raises(TrainingInterrupted, match="stopped by SIGINT after step 7 of 245; mxd demo starts it afresh"):
+        demo_command.demo(tmp_path / "run")

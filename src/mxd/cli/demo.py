@@ -14,6 +14,7 @@ from mxd.evaluation.tables import format_table
 from mxd.runs.run import is_run, read_configuration
 from mxd.training.config import TrainConfig
 from mxd.training.decompose import decompose, make_plan
+from mxd.training.train import TrainingInterrupted
 
 DEMO = TrainConfig(
     model=MODEL_NAME,
@@ -47,7 +48,10 @@ def demo(out: Path = Path("demo-run")) -> None:
         f"Training {len(plan.students)} sparse layers at matched parameters to replace the MLP of layer "
         f"{DEMO.layer[0]} of mxd's bundled language model, on the source of Python's standard library …"
     )
-    decompose(plan, out)
+    try:
+        decompose(plan, out)
+    except (TrainingInterrupted, KeyboardInterrupt) as error:
+        raise TrainingInterrupted(f"stopped by {str(error) or 'SIGINT'}; mxd demo starts it afresh.") from error
     console.print("Putting them back into the model, on modules that neither has seen …")
     evaluation = evaluate_run(out)
     write_evaluation(out, evaluation, title="mxd demo: one MLP, three sparse replacements", footer="mxd demo")
