@@ -284,3 +284,11 @@ def test_errors_in_the_forward_pass() -> None:
         with pytest.raises(ValueError, match="Call the whole model"):
             base(input_ids=IDS)
     assert forwards(model) == []
+
+
+def test_an_ablated_mlp_stays_at_positions_that_pass_through() -> None:
+    model, ids = model_of("llama"), torch.tensor([[1, 5, 6, 1, 7]])
+    own = mlp_pairs(model, ids, [1])[1].target
+    with ablate_mlp(model, {1: None}, passthrough=[1]), capture_mlp(model, [1]) as pairs:
+        model(ids)
+    assert torch.equal(pairs[1].target, torch.where((ids == 1)[..., None], own, 0))

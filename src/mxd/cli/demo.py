@@ -38,7 +38,8 @@ def demo(out: Path = Path("demo-run")) -> None:
     Args:
         out: Folder of the run; an earlier demo there is removed.
     """
-    console = Console(stderr=True)
+    # Square brackets in the name of a folder are no markup.
+    console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
     if is_run(out):
         _require_demo(out)
     plan = make_plan(DEMO)

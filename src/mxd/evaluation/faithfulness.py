@@ -14,7 +14,7 @@ from mxd.evaluation.collect import LatentStatistics
 from mxd.evaluation.specialisation import Specialisation, specialisation
 from mxd.layers import MixtureOfDecoders, SparseCode, SparseLayer
 from mxd.metrics import ErrorSums, error_sums, kl_divergence, next_token_losses
-from mxd.models import MlpPair, find_mlp, mlp_pairs, replace_mlp
+from mxd.models import MlpPair, ablate_mlp, mlp_pairs, replace_mlp
 
 SPECIALISATION_TOKENS = 8192
 """Content tokens, evenly spaced, on which specialisation is measured."""
@@ -176,19 +176,8 @@ def ablation(
     model: nn.Module, outputs: Mapping[int, Float[Tensor, " d_out"] | None], text: EvaluationText
 ) -> Callable[[], AbstractContextManager[None]]:
     """Return the variant in which MLPs' outputs are these vectors, or zero, wherever candidates would replace them."""
-    constants = {
-        layer: _constant(find_mlp(model, layer, text.module_path).d_out, output) for layer, output in outputs.items()
-    }
     kept = text.special_ids if text.passthrough else ()
-    return lambda: replace_mlp(model, constants, passthrough=kept, module_path=text.module_path)
-
-
-def _constant(d_out: int, output: Tensor | None) -> Callable[[Tensor], Tensor]:
-    def constant(x: Tensor) -> Tensor:
-        vector = x.new_zeros(d_out) if output is None else output.to(x)
-        return vector.expand(*x.shape[:-1], -1)
-
-    return constant
+    return lambda: ablate_mlp(model, outputs, passthrough=kept, module_path=text.module_path)
 
 
 def _vocabulary(model: nn.Module) -> int:

@@ -266,19 +266,24 @@ def replace_mlp(
 
 @contextmanager
 def ablate_mlp(
-    model: nn.Module, means: Mapping[int, Float[Tensor, " d_out"] | None], module_path: str | None = None
+    model: nn.Module,
+    means: Mapping[int, Float[Tensor, " d_out"] | None],
+    *,
+    passthrough: Collection[int] = (),
+    module_path: str | None = None,
 ) -> Generator[None, None, None]:
     """Put a constant in the place of the outputs of these layers' MLPs.
 
     Args:
         model: A Hugging Face language model.
-        means: The vector that each layer's MLP is to return at every position; None for zero.
+        means: The vector that each layer's MLP is to return; None for zero.
+        passthrough: Token ids at whose positions the output stays what it was (BOS, padding).
         module_path: Where the MLPs are, for a family that is not listed (see `find_mlp`).
 
     Raises:
-        ValueError: As `find_mlp`; if a vector does not have the width of the MLP's output.
+        ValueError: As `replace_mlp`; if a vector does not have the width of the MLP's output.
     """
-    steps: dict[MlpSite, _Step] = {}
+    constants: dict[int, Replacement] = {}
     for layer, mean in means.items():
         site = find_mlp(model, layer, module_path)
         if mean is not None and mean.shape != (site.d_out,):
@@ -286,8 +291,8 @@ def ablate_mlp(
                 f"The mean of layer {layer}'s MLP must have shape ({site.d_out},), the width of its output; "
                 f"got {tuple(mean.shape)}."
             )
-        steps[site] = partial(_constant_step, site, mean)
-    with _replaced(steps):
+        constants[layer] = partial(_constant, site.d_out, mean)
+    with replace_mlp(model, constants, passthrough=passthrough, module_path=module_path):
         yield
 
 
@@ -342,11 +347,9 @@ def _replacement_step(
     return y if kept is None else torch.where(kept.mask(x), own(x), y)
 
 
-def _constant_step(site: MlpSite, mean: Tensor | None, x: Tensor, own: _Compute) -> Tensor:
-    shape, dtype = (*x.shape[:-1], site.d_out), _returned_dtype(x)
-    if mean is None:
-        return torch.zeros(shape, dtype=dtype, device=x.device)
-    return mean.to(device=x.device, dtype=dtype).expand(shape)
+def _constant(d_out: int, mean: Tensor | None, x: Tensor) -> Tensor:
+    vector = x.new_zeros(d_out) if mean is None else mean.to(x)
+    return vector.expand(*x.shape[:-1], d_out)
 
 
 def _parameter_dtype(module: nn.Module, x: Tensor) -> torch.dtype:

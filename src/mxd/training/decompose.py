@@ -79,7 +79,7 @@ class Plan:
     def buffer_bytes(self) -> int:
         """Memory of the shuffle buffer, in bytes."""
         item = next(cast(torch.nn.Module, self.language_model.model).parameters()).element_size()
-        rows = min(self.config.buffer_tokens, self.config.tokens)
+        rows = max(self.config.batch_tokens, min(self.config.buffer_tokens, self.config.tokens))
         return sum(rows * (site.d_in + site.d_out) * item for site in self.sites.values())
 
     def description(self) -> dict[str, JSON]:
