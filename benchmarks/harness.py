@@ -1,0 +1,156 @@
+"""What the benchmarks share: interleaved timing, memory in a process of its own, and reports that say where and when.
+
+Scripts in this folder import it by its plain name, since Python puts a script's own folder on its path.
+"""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+RESULTS = Path(__file__).parent / "results"
+REPORTED_VERSIONS = ("mxd", "torch", "transformers", "triton", "eai-sparsify", "sae-lens")
+
+
+class Timing(NamedTuple):
+    """Seconds of one call."""
+
+    wall: float
+    cpu: float
+
+
+def synchronize() -> None:
+    """Wait until an accelerator has done what it was asked to do."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+
+
+def measure(calls: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 1) -> dict[str, list[Timing]]:
+    """Call each in turn, round after round, so that a machine that is busy is busy for all of them.
+
+    The first `warmup` rounds, in which optimisers allocate their state, are not counted.
+    """
+    timings: dict[str, list[Timing]] = {name: [] for name in calls}
+    for round_ in range(rounds + warmup):
+        for name, call in calls.items():
+            synchronize()
+            wall, cpu = time.perf_counter(), time.process_time()
+            call()
+            synchronize()
+            if round_ >= warmup:
+                timings[name].append(Timing(time.perf_counter() - wall, time.process_time() - cpu))
+    return timings
+
+
+def median_wall(timings: Sequence[Timing]) -> float:
+    """Return the median of the clock's seconds."""
+    return statistics.median(timing.wall for timing in timings)
+
+
+def peak_bytes() -> int:
+    """Return the most memory that this process has had so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def number_from_own_process(*extra_arguments: str) -> int:
+    """Run this very command again with more arguments, and return the number that it prints.
+
+    Ask for memory before anything large is built: on Linux a process inherits the peak of the one that started it.
+    """
+    command = [sys.executable, *sys.argv, *extra_arguments]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def machine() -> dict[str, object]:
+    """Describe what this runs on and when, without a name that only this machine has."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    described: dict[str, object] = {
+        "date": datetime.date.today().isoformat(),
+        "cpu": name,
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load_average_before": round(os.getloadavg()[0], 2),
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+    if torch.cuda.is_available():
+        described["gpu"] = torch.cuda.get_device_name()
+    for package in REPORTED_VERSIONS:
+        try:
+            described[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return described
+
+
+def print_table(rows: Sequence[Mapping[str, object]], title: str) -> None:
+    """Print rows of equal keys as a table."""
+    table = Table(*rows[0], title=title)
+    for row in rows:
+        table.add_row(*(_cell(value) for value in row.values()))
+    Console().print(table)
+
+
+def write_report(
+    name: str,
+    title: str,
+    rows: Sequence[Mapping[str, object]],
+    described: Mapping[str, object],
+    details: Mapping[str, object],
+    figure: Figure | None = None,
+    folder: Path = RESULTS,
+) -> None:
+    """Write `<name>.json` (everything), `<name>.md` (the table) and, where there is a figure, `<name>.png`.
+
+    Args:
+        name: Name of the files, which a later run replaces.
+        title: What was measured.
+        rows: The table; all rows have the same keys.
+        described: `machine()`, taken before the measurement.
+        details: Whatever else a reader needs to judge the table.
+        figure: The plot.
+        folder: Where the files go.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    command = shlex.join(["python", "benchmarks/" + Path(sys.argv[0]).name, *sys.argv[1:]])
+    content = {"title": title, "command": command, "machine": described, **details, "rows": rows}
+    (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
+    header = list(rows[0])
+    lines = [
+        f"# {title}",
+        "",
+        f"    {command}",
+        "",
+        ", ".join(f"{key} {value}" for key, value in described.items()),
+        "",
+        "| " + " | ".join(header) + " |",
+        "|" + "|".join("---" if isinstance(value, str) else "---:" for value in rows[0].values()) + "|",
+        *("| " + " | ".join(_cell(value) for value in row.values()) + " |" for row in rows),
+    ]
+    (folder / f"{name}.md").write_text("\n".join(lines) + "\n")
+    if figure is not None:
+        figure.savefig(folder / f"{name}.png", dpi=150, bbox_inches="tight")
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
