@@ -130,7 +130,8 @@ def write_report(
         folder: Where the files go.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    command = shlex.join(["python", "benchmarks/" + Path(sys.argv[0]).name, *sys.argv[1:]])
+    arguments = [Path(argument).name if Path(argument).is_absolute() else argument for argument in sys.argv[1:]]
+    command = shlex.join(["python", "benchmarks/" + Path(sys.argv[0]).name, *arguments])
     content = {"title": title, "command": command, "machine": described, **details, "rows": rows}
     (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
     header = list(rows[0])
