@@ -1,10 +1,12 @@
 """Sparse linear algebra behind one small interface.
 
 `route` selects, `mix` sums table rows, `dots` multiplies with them; all are differentiable, and none keeps or builds
-anything of size tokens × latents beyond one block of rows. `reference` restates each in one line.
+anything of size tokens × latents beyond one block of rows. `linear` is the dense product beside them. `reference`
+restates each in one line, and `backends` says which implementation is used where.
 """
 
+from mxd.kernels.products import linear
 from mxd.kernels.routing import route
 from mxd.kernels.tables import dots, mix
 
-__all__ = ["dots", "mix", "route"]
+__all__ = ["dots", "linear", "mix", "route"]

@@ -1,5 +1,6 @@
 """Selection: score all latents, keep the `k` largest of each token, forget the rest."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -7,10 +8,17 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mxd.kernels.tables import row_sums, weighted_rows
+from mxd.kernels import reference, selection
+from mxd.kernels.backends import backend
+from mxd.kernels.products import product_by_rows
+from mxd.kernels.tables import gathers
 
-BLOCK_SCORES = 2**24
-"""Scores that are held at one time: the product is taken in blocks of rows, and each block is selected from at once."""
+BLOCK_BYTES = {"cpu": 2**24}
+"""Bytes of scores that are held at one time, by sort of device: the product is taken in blocks of rows, and each block
+is selected from while it is in the cache. On two threads of an AMD EPYC, 2**24 was the fastest of 2**22 … 2**27 in
+float32 and bfloat16 (benchmarks/kernels.py)."""
+BLOCK_BYTES_ELSEWHERE = 2**28
+"""The same where launching a kernel costs more than a cache miss."""
 
 
 def route(
@@ -28,6 +36,9 @@ def route(
     if not 1 <= k <= weight.shape[1]:
         raise ValueError(f"k must lie in [1, {weight.shape[1]}], the number of latents; got {k}.")
     rows = x.reshape(-1, x.shape[-1])
+    if backend(x.device) == "reference":
+        values, indices = reference.route(*(_for_product(tensor) for tensor in (rows, weight, bias)), k)
+        return values.to(weight.dtype).view(*x.shape[:-1], k), indices.view(*x.shape[:-1], k)
     values, indices = _Route.apply(rows, weight, bias, k)  # pyright: ignore[reportGeneralTypeIssues]
     return values.view(*x.shape[:-1], k), indices.view(*x.shape[:-1], k)
 
@@ -36,14 +47,15 @@ class _Route(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor]:
         values, indices = weight.new_empty(len(x), k), torch.empty(len(x), k, dtype=torch.long, device=x.device)
-        product_weight, product_bias, product_x = (_for_product(tensor) for tensor in (weight, bias, x))
-        block = max(1, BLOCK_SCORES // weight.shape[1])
+        x_cast, weight_cast, bias_cast = (_for_product(tensor) for tensor in (x, weight, bias))
+        score_bytes = weight.shape[1] * weight_cast.element_size()
+        block = max(1, BLOCK_BYTES.get(x.device.type, BLOCK_BYTES_ELSEWHERE) // score_bytes)
+        scores_of = product_by_rows(weight_cast, bias_cast, x_cast[:block])
+        largest = _selection(x.device)
         for start in range(0, len(x), block):
             rows = slice(start, start + block)
-            scores = torch.addmm(product_bias, product_x[rows], product_weight)
-            kept = torch.topk(scores, k, dim=-1, sorted=False)
-            values[rows] = kept.values.relu_()
-            indices[rows] = kept.indices
+            kept_values, indices[rows] = largest(scores_of(x_cast[rows]), k)
+            values[rows] = kept_values.relu_()
         ctx.mark_non_differentiable(indices)
         ctx.save_for_backward(x, weight, values, indices)
         return values, indices
@@ -56,17 +68,26 @@ class _Route(torch.autograd.Function):
         x, weight, values, indices = ctx.saved_tensors
         wants = ctx.needs_input_grad
         kept = torch.where(values > 0, gradients[0], 0)
-        num_latents = weight.shape[1]
+        kernels, num_latents = gathers(x.device), weight.shape[1]
         # A popular latent's sum over thousands of tokens stalls in bfloat16; index_add_ would be simpler, but not
         # deterministic on CUDA.
         ones = kept.new_ones(len(kept), 1, dtype=torch.promote_types(kept.dtype, torch.float32))
-        bias_gradient = row_sums(kept, indices, ones, num_latents)[:, 0].to(kept.dtype)
+        bias_gradient = kernels.row_sums(kept, indices, ones, num_latents)[:, 0].to(kept.dtype)
         return (
-            weighted_rows(kept, indices, weight.t()).to(x.dtype) if wants[0] else None,
-            row_sums(kept, indices, x.to(weight.dtype), num_latents).t() if wants[1] else None,
+            kernels.weighted_rows(kept, indices, weight.t()).to(x.dtype) if wants[0] else None,
+            kernels.row_sums(kept, indices, x.to(weight.dtype), num_latents).t() if wants[1] else None,
             bias_gradient if wants[2] else None,
             None,
         )
+
+
+def _selection(device: torch.device) -> Callable[[Tensor, int], tuple[Tensor, Tensor]]:
+    if backend(device) == "triton":
+        # Imported where it is needed: Triton is not everywhere, and takes long.
+        from mxd.kernels import triton_selection
+
+        return triton_selection.largest
+    return selection.largest
 
 
 def _for_product(tensor: Tensor) -> Tensor:

@@ -6,16 +6,15 @@ row?) and then is a `mix` too, so that no scatter with colliding writes is neede
 the order in which threads run.
 """
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import embedding_bag
 
-BLOCK_ELEMENTS = 2**23
-"""Elements of the largest temporary: rows are gathered in blocks of this size."""
+from mxd.kernels import reference, torch_tables
+from mxd.kernels.backends import backend
 
 
 def mix(
@@ -29,6 +28,9 @@ def mix(
         table: Rows to sum; the gradient that reaches it is dense, as dense optimisers want it.
     """
     k = values.shape[-1]
+    if backend(table.device) == "reference":
+        flat = reference.mix(values.reshape(-1, k).to(table.dtype), indices.reshape(-1, k), table)
+        return flat.view(*values.shape[:-1], table.shape[1])
     flat = _Mix.apply(values.reshape(-1, k), indices.reshape(-1, k), table)
     assert isinstance(flat, Tensor)
     return flat.view(*values.shape[:-1], table.shape[1])
@@ -38,49 +40,44 @@ def dots(
     dense: Float[Tensor, "tokens d"], indices: Int[Tensor, "tokens k"], table: Float[Tensor, "n d"]
 ) -> Float[Tensor, "tokens k"]:
     """Return each token's dot products with the table rows that it names, differentiable in both."""
+    if backend(table.device) == "reference":
+        return reference.dots(dense.to(table.dtype), indices, table)
     products = _Dots.apply(dense, indices, table)
     assert isinstance(products, Tensor)
     return products
 
 
-def weighted_rows(
-    values: Float[Tensor, "tokens k"], indices: Int[Tensor, "tokens k"], table: Float[Tensor, "n d"]
-) -> Float[Tensor, "tokens d"]:
-    """`mix` without a gradient."""
-    if len(values) == 0:
-        return table.new_zeros(0, table.shape[1])
-    return embedding_bag(indices, table, per_sample_weights=values.to(table.dtype), mode="sum")
+class Gathers(Protocol):
+    """What a backend offers; `torch_tables` and `triton_tables` are such modules."""
+
+    def weighted_rows(self, values: Tensor, indices: Tensor, table: Tensor) -> Tensor:
+        """`mix` without a gradient."""
+        ...
+
+    def row_dots(self, dense: Tensor, indices: Tensor, table: Tensor) -> Tensor:
+        """`dots` without a gradient."""
+        ...
+
+    def row_sums(self, values: Tensor, indices: Tensor, dense: Tensor, num_rows: int) -> Tensor:
+        """Return for each table row the sum of the tokens' vectors that name it, each times its value."""
+        ...
 
 
-def row_dots(
-    dense: Float[Tensor, "tokens d"], indices: Int[Tensor, "tokens k"], table: Float[Tensor, "n d"]
-) -> Float[Tensor, "tokens k"]:
-    """`dots` without a gradient."""
-    products = dense.new_empty(indices.shape)
-    block = max(1, BLOCK_ELEMENTS // (indices.shape[1] * table.shape[1]))
-    for start in range(0, len(indices), block):
-        rows = slice(start, start + block)
-        torch.bmm(table[indices[rows]], dense[rows].to(table.dtype)[..., None], out=products[rows][..., None])
-    return products
+def gathers(device: torch.device) -> Gathers:
+    """Return the gathers of the backend that this device uses."""
+    if backend(device) == "triton":
+        # Imported where it is needed: Triton is not everywhere, and takes long.
+        from mxd.kernels import triton_tables
 
-
-def row_sums(
-    values: Float[Tensor, "tokens k"], indices: Int[Tensor, "tokens k"], dense: Float[Tensor, "tokens d"], num_rows: int
-) -> Float[Tensor, "num_rows d"]:
-    """Return for each table row the sum of the tokens' vectors that name it, each times its value."""
-    if indices.numel() == 0:
-        return dense.new_zeros(num_rows, dense.shape[1])
-    rows, order = torch.sort(indices.flatten(), stable=True)
-    first = torch.searchsorted(rows, torch.arange(num_rows, device=rows.device))
-    weights = values.flatten()[order].to(dense.dtype)
-    return embedding_bag(order // indices.shape[1], dense, first, per_sample_weights=weights, mode="sum")
+        return triton_tables
+    return torch_tables
 
 
 class _Mix(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor, indices: Tensor, table: Tensor) -> Tensor:
         ctx.save_for_backward(values, indices, table)
-        return weighted_rows(values, indices, table)
+        return gathers(table.device).weighted_rows(values, indices, table)
 
     @staticmethod
     @once_differentiable
@@ -90,10 +87,11 @@ class _Mix(torch.autograd.Function):
         values, indices, table = ctx.saved_tensors
         gradient = gradients[0].contiguous()
         wants_values, _, wants_table = ctx.needs_input_grad
+        kernels = gathers(table.device)
         return (
-            row_dots(gradient, indices, table).to(values.dtype) if wants_values else None,
+            kernels.row_dots(gradient, indices, table).to(values.dtype) if wants_values else None,
             None,
-            row_sums(values, indices, gradient, len(table)) if wants_table else None,
+            kernels.row_sums(values, indices, gradient, len(table)) if wants_table else None,
         )
 
 
@@ -101,7 +99,7 @@ class _Dots(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, dense: Tensor, indices: Tensor, table: Tensor) -> Tensor:
         ctx.save_for_backward(dense, indices, table)
-        return row_dots(dense, indices, table)
+        return gathers(table.device).row_dots(dense, indices, table)
 
     @staticmethod
     @once_differentiable
@@ -110,8 +108,9 @@ class _Dots(torch.autograd.Function):
     ) -> tuple[Tensor | None, None, Tensor | None]:
         dense, indices, table = ctx.saved_tensors
         wants_dense, _, wants_table = ctx.needs_input_grad
+        kernels = gathers(table.device)
         return (
-            weighted_rows(gradients[0], indices, table).to(dense.dtype) if wants_dense else None,
+            kernels.weighted_rows(gradients[0], indices, table).to(dense.dtype) if wants_dense else None,
             None,
-            row_sums(gradients[0], indices, dense, len(table)).to(table.dtype) if wants_table else None,
+            kernels.row_sums(gradients[0], indices, dense, len(table)).to(table.dtype) if wants_table else None,
         )

@@ -5,6 +5,7 @@ from typing import Literal, get_args
 from jaxtyping import Float
 from torch import Generator, Tensor, nn
 
+from mxd.kernels import linear
 from mxd.layers.activations import Activation, activation_function
 from mxd.layers.initialization import uniform, zeros
 from mxd.layers.sparse_layer import LinearMap
@@ -27,7 +28,7 @@ class MlpEncoder(nn.Module):
 
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_hidden"]:
         """Return the hidden units."""
-        return self.activation(x @ self.W_enc + self.b_enc)
+        return self.activation(linear(x, self.W_enc, self.b_enc))
 
     def input_maps(self) -> tuple[LinearMap, ...]:
         """Return the one branch."""
@@ -52,7 +53,8 @@ class GluEncoder(nn.Module):
 
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_hidden"]:
         """Return the hidden units."""
-        return self.activation(x @ self.W_enc_gate + self.b_enc_gate) * (x @ self.W_enc + self.b_enc)
+        gate = self.activation(linear(x, self.W_enc_gate, self.b_enc_gate))
+        return gate * linear(x, self.W_enc, self.b_enc)
 
     def input_maps(self) -> tuple[LinearMap, ...]:
         """Return both branches."""

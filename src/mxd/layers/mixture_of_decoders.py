@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from mxd.kernels import mix
+from mxd.kernels import linear, mix
 from mxd.layers.activations import Activation
 from mxd.layers.dense_encoder import Encoder, dense_encoder
 from mxd.layers.initialization import normalize_rows_, uniform, uniform_by_column, zeros
@@ -99,7 +99,7 @@ class MixtureOfDecoders(SparseLayer):
 
     def dense_branch(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
         """Return $D^T z$, which all experts share and scale."""
-        return self.encoder(x) @ self.W_dec
+        return linear(self.encoder(x), self.W_dec)
 
     def expert_weight(self, n: int) -> Float[Tensor, "d_hidden d_out"]:
         r"""Return expert n's own decoder, $W_n = D\,\mathrm{diag}(c_n)$, used as `z @ W_n`.

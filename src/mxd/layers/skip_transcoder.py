@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from mxd.kernels import mix
+from mxd.kernels import linear, mix
 from mxd.layers.initialization import uniform_by_column, zeros
 from mxd.layers.selection import SparseCode
 from mxd.layers.sparse_layer import LinearMap, SparseLayer, require_sizes
@@ -67,7 +67,7 @@ class SkipTranscoder(SparseLayer):
 
     def base(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
         """Return the linear map of the input, plus the bias."""
-        return x @ self.W_skip + self.b_dec
+        return linear(x, self.W_skip, self.b_dec)
 
     def atoms(
         self, x: Float[Tensor, "*batch d_in"], indices: Int[Tensor, "*batch k"]

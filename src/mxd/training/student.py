@@ -11,7 +11,7 @@ from mxd.layers import SparseCode, SparseLayer, SparseLayerOutput
 from mxd.losses import dead_latent_loss, distillation_loss
 from mxd.training.normalization import InputNormalization
 from mxd.training.optimizer import (
-    adamw,
+    MemoryOrderAdamW,
     optimizer_tensors,
     project_gradients_,
     renormalize_,
@@ -72,7 +72,7 @@ class Student:
         self.config = config
         self.normalization = normalization
         self.loss = loss
-        self.optimizer = adamw(network.parameters(), config.lr, config.weight_decay)
+        self.optimizer = MemoryOrderAdamW(network.parameters(), config.lr, config.weight_decay)
         device = next(network.parameters()).device
         self._last_fired: Int[Tensor, " num_latents"]
         self._last_fired = torch.zeros(network.config.num_latents, dtype=torch.long, device=device)

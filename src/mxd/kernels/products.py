@@ -1,0 +1,78 @@
+"""Products of activations with weights, by the fastest library at hand.
+
+PyTorch multiplies float32 matrices on a CPU through MKL, which leaves much of a processor that is not Intel's unused,
+and in every call rearranges the weight for the caches. oneDNN, part of every x86 build of PyTorch and what
+`torch.compile` calls through these same two operators, makes better use of it and takes a weight rearranged once.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from mxd.kernels.backends import backend
+
+FEWEST_ROWS = 32
+"""Products of fewer rows than these are left to torch: rearranging the weight would cost more than it brings."""
+
+RowsProduct = Callable[[Float[Tensor, "rows d_in"]], Float[Tensor, "rows d_out"]]
+"""Multiplies some rows with a weight that it holds ready, and adds a bias."""
+
+
+def linear(
+    x: Float[Tensor, "*batch d_in"], weight: Float[Tensor, "d_in d_out"], bias: Float[Tensor, " d_out"] | None = None
+) -> Float[Tensor, "*batch d_out"]:
+    """Return `x @ weight + bias`, differentiable in all three."""
+    if _is_for_onednn(x, weight) and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu"):
+        rows = _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias)
+        assert isinstance(rows, Tensor)
+        return rows.view(*x.shape[:-1], weight.shape[1])
+    return x @ weight if bias is None else x @ weight + bias
+
+
+def product_by_rows(
+    weight: Float[Tensor, "d_in d_out"], bias: Float[Tensor, " d_out"], example: Float[Tensor, "rows d_in"]
+) -> RowsProduct:
+    """Return a function that multiplies blocks of rows like the example with the weight; it knows no gradient."""
+    if _is_for_onednn(example, weight) and example.dtype in (torch.float32, torch.bfloat16):
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight.t().contiguous(), len(example))
+        return lambda rows: torch.ops.mkldnn._linear_pointwise(rows, packed, bias, "none", [], "")
+    return lambda rows: torch.addmm(bias, rows, weight)
+
+
+def _is_for_onednn(x: Tensor, weight: Tensor) -> bool:
+    return (
+        backend(x.device) == "onednn"
+        and x.dtype == weight.dtype
+        and x.numel() >= FEWEST_ROWS * x.shape[-1] > 0
+        and weight.numel() > 0
+    )
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _times_transpose(x, weight.t(), bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride] # once_differentiable hides the names
+        ctx: Any, *gradients: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        gradient = gradients[0]
+        wants_x, wants_weight, wants_bias = ctx.needs_input_grad
+        return (
+            _times_transpose(gradient, weight, None) if wants_x else None,
+            _times_transpose(x.t(), gradient.t(), None) if wants_weight else None,
+            gradient.sum(0) if wants_bias else None,
+        )
+
+
+def _times_transpose(rows: Tensor, columns: Tensor, bias: Tensor | None) -> Tensor:
+    """Return `rows @ columns.t() + bias`: oneDNN takes its weights as (out, in)."""
+    return torch.ops.mkldnn._linear_pointwise(rows, columns, bias, "none", [], "")
