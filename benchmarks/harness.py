@@ -23,6 +23,9 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
+# What `mxd` sets too, before PyTorch first allocates: large tensors, whoever's, come in pages of 2 MiB.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
 RESULTS = Path(__file__).parent / "results"
 REPORTED_VERSIONS = ("mxd", "torch", "transformers", "triton", "eai-sparsify", "sae-lens")
 

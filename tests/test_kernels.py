@@ -7,33 +7,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mxd.kernels import dots, mix, reference, route, routing, tables
+from mxd.kernels import dots, mix, reference, route, routing, torch_tables
 from mxd.layers import (
     LAYERS,
     MixtureOfDecodersConfig,
-    SkipTranscoderConfig,
     SparseCode,
     SparseLayer,
-    TopKAutoencoderConfig,
-    TranscoderConfig,
     topk_relu,
 )
 from mxd.losses import distillation_loss
+from tests.kernel_inputs import LAYER_CONFIGS, dense_gradients, normal, seeds, sizes
 
-sizes = st.integers(1, 7)
-block_sizes = st.sampled_from([1, 20, 2**24])
-seeds = st.integers(0, 2**31)
-
-
-def normal(*shape: int, seed: int = 0, by_column: bool = False) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    stored = shape[::-1] if by_column else shape
-    values = torch.randn(*stored, generator=generator, dtype=torch.float64)
-    return (values.t() if by_column else values).requires_grad_()
-
-
-def dense_gradients(loss: Tensor, leaves: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+block_sizes = st.sampled_from([1, 200, 2**24])
 
 
 def assert_same(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
@@ -51,7 +36,7 @@ def test_route_equals_the_reference(
     k = d.draw(st.integers(1, n))
     x, weight, bias = normal(tokens, d_in, seed=seed), normal(d_in, n, seed=1, by_column=by_column), normal(n, seed=2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(routing, "BLOCK_SCORES", block)
+        patch.setitem(routing.BLOCK_BYTES, "cpu", block)
         actual = SparseCode(*route(x, weight, bias, k)).dense(n)
     expected = SparseCode(*reference.route(x, weight, bias, k)).dense(n)
     assert_same((actual,), (expected,))
@@ -63,15 +48,25 @@ def test_route_equals_the_reference(
 
 
 @settings(deadline=None, max_examples=60)
-@given(tokens=st.integers(0, 9), k=sizes, n=sizes, width=sizes, by_column=st.booleans(), block=block_sizes, seed=seeds)
+@given(
+    tokens=st.integers(0, 9),
+    k=sizes,
+    n=sizes,
+    width=sizes,
+    by_column=st.booleans(),
+    block=block_sizes,
+    seed=seeds,
+    gathering=st.booleans(),
+)
 def test_mix_equals_the_reference(
-    tokens: int, k: int, n: int, width: int, by_column: bool, block: int, seed: int
+    tokens: int, k: int, n: int, width: int, by_column: bool, block: int, seed: int, gathering: bool
 ) -> None:
     values, table = normal(tokens, k, seed=seed), normal(n, width, seed=1, by_column=by_column)
     # Drawn with replacement: rows repeat within a token, and more often than not some row is named by no token.
     indices = torch.randint(n, (tokens, k), generator=torch.Generator().manual_seed(seed))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tables, "BLOCK_ELEMENTS", block)
+        patch.setattr(torch_tables, "BLOCK_ELEMENTS", block)
+        patch.setattr(torch_tables, "_has_gathering_dot", lambda *_: gathering)
         actual, expected = mix(values, indices, table), reference.mix(values, indices, table)
         assert_same((actual,), (expected,))
         cotangent = torch.randn(tokens, width, dtype=torch.float64)
@@ -82,12 +77,15 @@ def test_mix_equals_the_reference(
 
 
 @settings(deadline=None, max_examples=60)
-@given(tokens=st.integers(0, 9), k=sizes, n=sizes, width=sizes, block=block_sizes, seed=seeds)
-def test_dots_equals_the_reference(tokens: int, k: int, n: int, width: int, block: int, seed: int) -> None:
+@given(tokens=st.integers(0, 9), k=sizes, n=sizes, width=sizes, block=block_sizes, seed=seeds, gathering=st.booleans())
+def test_dots_equals_the_reference(
+    tokens: int, k: int, n: int, width: int, block: int, seed: int, gathering: bool
+) -> None:
     dense, table = normal(tokens, width, seed=seed), normal(n, width, seed=1)
     indices = torch.randint(n, (tokens, k), generator=torch.Generator().manual_seed(seed))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tables, "BLOCK_ELEMENTS", block)
+        patch.setattr(torch_tables, "BLOCK_ELEMENTS", block)
+        patch.setattr(torch_tables, "_has_gathering_dot", lambda *_: gathering)
         actual, expected = dots(dense, indices, table), reference.dots(dense, indices, table)
         assert_same((actual,), (expected,))
         cotangent = torch.randn(tokens, k, dtype=torch.float64)
@@ -249,14 +247,6 @@ def test_the_backward_pass_keeps_no_more_than_the_code() -> None:
         return mix(values, indices, table)
 
     assert max(saved_sizes(run, (x, weight, bias, table))) == 11 * 3
-
-
-LAYER_CONFIGS = {
-    "mxd": MixtureOfDecodersConfig(d_in=5, d_hidden=9, d_out=6, num_experts=997, k=3),
-    "transcoder": TranscoderConfig(d_in=5, d_out=6, num_latents=997, k=3),
-    "skip-transcoder": SkipTranscoderConfig(d_in=5, d_out=6, num_latents=997, k=3),
-    "topk-sae": TopKAutoencoderConfig(d_in=5, num_latents=997, k=3),
-}
 
 
 @pytest.mark.parametrize("kind", LAYERS)

@@ -8,6 +8,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 
+def linear(
+    x: Float[Tensor, "rows d_in"], weight: Float[Tensor, "d_in d_out"], bias: Float[Tensor, " d_out"] | None = None
+) -> Float[Tensor, "rows d_out"]:
+    """Return `x @ weight + bias`."""
+    return x @ weight if bias is None else x @ weight + bias
+
+
 def route(
     x: Float[Tensor, "tokens d_in"], weight: Float[Tensor, "d_in n"], bias: Float[Tensor, " n"], k: int
 ) -> tuple[Float[Tensor, "tokens k"], Int[Tensor, "tokens k"]]:

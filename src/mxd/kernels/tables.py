@@ -6,7 +6,7 @@ row?) and then is a `mix` too, so that no scatter with colliding writes is neede
 the order in which threads run.
 """
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -47,6 +47,7 @@ def dots(
     return products
 
 
+@runtime_checkable
 class Gathers(Protocol):
     """What a backend offers; `torch_tables` and `triton_tables` are such modules."""
 

@@ -34,35 +34,30 @@ class Schedule:
         return min(warmup, (self.steps - step) / max(1, self.steps - self.warmup_steps))
 
 
-class MemoryOrderAdamW(torch.optim.AdamW):
-    """AdamW, fused into one pass over each weight in the order in which it lies in memory.
+def adamw(parameters: Iterable[nn.Parameter], lr: float, weight_decay: float) -> torch.optim.AdamW:
+    """Return AdamW with its default betas, fused into one pass over each weight in the order of its memory.
 
-    A gate's columns are contiguous, its transpose is the plain tensor. Fused AdamW copies the gradient of a weight that
-    is not plain, which takes longer than the step itself, so it is given the transposes of such weights and gradients.
-
-    Args:
-        parameters: What to train; neither moved to another device nor replaced afterwards.
-        lr: Learning rate.
-        weight_decay: Decoupled weight decay.
+    A gate's columns are contiguous in memory: its transpose is the plain tensor. Fused AdamW first copies the gradient
+    of a weight that is not plain, which takes six times as long as the step itself, so it is handed the transposes of
+    such weights, which share their memory, and of their gradients. The gradients are forgotten by the network's
+    `zero_grad`, not by the optimiser's.
     """
+    own = list(parameters)
+    seen = [weight.detach().t() if _is_transpose(weight) else weight for weight in own]
+    transposes = [pair for pair in zip(own, seen, strict=True) if pair[0] is not pair[1]]
+    optimizer = torch.optim.AdamW(seen, lr=lr, weight_decay=weight_decay, fused=True)
 
-    def __init__(self, parameters: Iterable[nn.Parameter], lr: float, weight_decay: float) -> None:
-        self._own = list(parameters)
-        views = [weight.detach().t() if _is_transpose(weight) else weight for weight in self._own]
-        self._transposes = [pair for pair in zip(self._own, views, strict=True) if pair[0] is not pair[1]]
-        super().__init__(views, lr=lr, weight_decay=weight_decay, fused=True)
+    def hand_over(*_: object) -> None:
+        for weight, transpose in transposes:
+            transpose.grad = None if weight.grad is None else weight.grad.t()
 
-    def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride] # no closure
-        """Move every weight that has a gradient."""
-        for weight, view in self._transposes:
-            view.grad = None if weight.grad is None else weight.grad.t()
-        super().step(closure)
+    def let_go(*_: object) -> None:
+        for _, transpose in transposes:
+            transpose.grad = None
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients."""
-        for weight, view in self._transposes:
-            weight.grad = view.grad = None
-        super().zero_grad(set_to_none)
+    optimizer.register_step_pre_hook(hand_over)
+    optimizer.register_step_post_hook(let_go)
+    return optimizer
 
 
 def _is_transpose(weight: Tensor) -> bool:

@@ -11,7 +11,7 @@ from mxd.layers import SparseCode, SparseLayer, SparseLayerOutput
 from mxd.losses import dead_latent_loss, distillation_loss
 from mxd.training.normalization import InputNormalization
 from mxd.training.optimizer import (
-    MemoryOrderAdamW,
+    adamw,
     optimizer_tensors,
     project_gradients_,
     renormalize_,
@@ -72,7 +72,7 @@ class Student:
         self.config = config
         self.normalization = normalization
         self.loss = loss
-        self.optimizer = MemoryOrderAdamW(network.parameters(), config.lr, config.weight_decay)
+        self.optimizer = adamw(network.parameters(), config.lr, config.weight_decay)
         device = next(network.parameters()).device
         self._last_fired: Int[Tensor, " num_latents"]
         self._last_fired = torch.zeros(network.config.num_latents, dtype=torch.long, device=device)
@@ -117,7 +117,7 @@ class Student:
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.lr * lr_factor
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.network.zero_grad(set_to_none=True)
         renormalize_(self.network.unit_length_tables())
         bad_input = ~torch.isfinite(x.sum() + target.sum())
         self._note_first_bad_step(step, loss.detach(), bad_input)

@@ -1,0 +1,152 @@
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import cast
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mxd.kernels import backends, linear, products, reference, selection
+from mxd.layers import LAYERS, SparseLayer
+from mxd.losses import distillation_loss
+from tests.kernel_inputs import LAYER_CONFIGS, dense_gradients, normal, seeds, sizes
+
+
+@settings(deadline=None, max_examples=80)
+@given(
+    rows=st.integers(0, 5),
+    n=st.integers(1, 200),
+    group=st.integers(2, 9),
+    narrowest=st.integers(1, 60),
+    levels=st.sampled_from([2, 5, 10**6]),
+    dtype=st.sampled_from([torch.bfloat16, torch.float32, torch.float64]),
+    seed=seeds,
+    d=st.data(),
+)
+def test_largest_selects_what_topk_selects(
+    rows: int, n: int, group: int, narrowest: int, levels: int, dtype: torch.dtype, seed: int, d: st.DataObject
+) -> None:
+    k = d.draw(st.integers(1, n))
+    # Few levels make many ties.
+    scores = torch.randint(-levels, levels, (rows, n), generator=torch.Generator().manual_seed(seed)).to(dtype)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(selection, "GROUP", group)
+        patch.setattr(selection, "NARROWEST", narrowest)
+        values, indices = selection.largest(scores, k)
+    assert torch.equal(values, scores.gather(1, indices))
+    assert all(len(row.unique()) == k for row in indices)
+    assert torch.equal(values.sort(descending=True).values, torch.topk(scores, k).values)
+
+
+def test_largest_shows_a_nan() -> None:
+    scores = normal(4, 5000).detach()
+    scores[2, 4321] = torch.nan
+    values, indices = selection.largest(scores, 3)
+    assert (indices[2] == 4321).sum() == values[2].isnan().sum() == 1
+    assert not values[[0, 1, 3]].isnan().any()
+
+
+needs_onednn = pytest.mark.skipif(not backends.has_onednn(), reason="this processor or PyTorch has no oneDNN")
+
+
+@pytest.fixture
+def backend(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    monkeypatch.setattr(backends, "_chosen", backends._chosen)
+    return backends.set_backend
+
+
+@needs_onednn
+@settings(deadline=None, max_examples=60)
+@given(
+    rows=st.integers(0, 70),
+    d_in=sizes,
+    d_out=st.integers(1, 40),
+    by_column=st.booleans(),
+    biased=st.booleans(),
+    seed=seeds,
+)
+def test_linear_equals_the_reference(
+    rows: int, d_in: int, d_out: int, by_column: bool, biased: bool, seed: int
+) -> None:
+    x, weight = normal(rows, d_in, seed=seed), normal(d_in, d_out, seed=1, by_column=by_column)
+    bias = normal(d_out, seed=2)
+    given = (x, weight, bias) if biased else (x, weight)
+    single = tuple(tensor.detach().to(torch.float32, copy=True).requires_grad_() for tensor in given)
+    actual, expected = linear(*single), reference.linear(*given)
+    assert_near((actual,), (expected,))
+    cotangent = torch.randn(rows, d_out, dtype=torch.float64)
+    assert_near(
+        dense_gradients((actual * cotangent.float()).sum(), single),
+        dense_gradients((expected * cotangent).sum(), given),
+    )
+
+
+def assert_near(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
+    for one, other in zip(actual, expected, strict=True):
+        assert one.dtype == torch.float32
+        torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-4)
+
+
+@needs_onednn
+@pytest.mark.parametrize(("rows", "kernel"), [(31, False), (32, True)])
+def test_few_rows_are_left_to_torch(rows: int, kernel: bool, backend: Callable[[str], None]) -> None:
+    backend("auto")
+    x, weight = torch.randn(rows, 8), torch.randn(8, 12)
+    assert products._is_for_onednn(x, weight) == kernel
+    product = products.product_by_rows(weight, torch.ones(12), x)
+    torch.testing.assert_close(product(x), x @ weight + 1)
+
+
+@needs_onednn
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("by_column", [False, True])
+def test_a_product_by_rows_serves_every_block(dtype: torch.dtype, by_column: bool) -> None:
+    x, weight, bias = (
+        normal(100, 24).detach(),
+        normal(24, 33, seed=1, by_column=by_column).detach(),
+        normal(33).detach(),
+    )
+    x, weight, bias = (tensor.to(dtype) for tensor in (x, weight, bias))
+    product = products.product_by_rows(weight, bias, x[:64])
+    for rows in (slice(0, 64), slice(64, 100), slice(99, 100)):
+        expected = reference.linear(x[rows].double(), weight.double(), bias.double())
+        tolerance = 1e-4 if dtype == torch.float32 else 0.1
+        torch.testing.assert_close(product(x[rows]).double(), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("name", ["reference", "torch", "onednn"])
+def test_every_backend_takes_the_same_training_step(kind: str, name: str, backend: Callable[[str], None]) -> None:
+    if name == "onednn" and not backends.has_onednn():
+        pytest.skip("this processor or PyTorch has no oneDNN")
+    config = LAYER_CONFIGS[kind]
+    layer = cast(Callable[..., SparseLayer], LAYERS[kind].layer)(config, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        layer.get_parameter("W_dec").normal_(generator=torch.Generator().manual_seed(1))
+    x, target = normal(40, config.d_in).detach().float(), normal(40, config.d_out, seed=1).detach().float()
+    weights = tuple(layer.parameters())
+    results: list[tuple[Tensor, ...]] = []
+    for chosen in ("torch", name):
+        backend(chosen)
+        loss = distillation_loss(layer(x).prediction, target)
+        results.append((loss, *torch.autograd.grad(loss, weights)))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_the_environment_chooses_a_backend_and_a_wrong_one_is_refused(backend: Callable[[str], None]) -> None:
+    program = "from mxd.kernels import backends; import torch; print(backends.backend(torch.device('cpu')))"
+    for chosen, expected in (("reference", "reference"), ("torch", "torch"), ("auto", None), ("", None)):
+        environment = os.environ | {backends.VARIABLE: chosen}
+        done = subprocess.run(
+            [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+        )
+        assert done.stdout.strip() == (expected or backends.automatic_backend("cpu"))
+    with pytest.raises(
+        ValueError, match="MXD_KERNELS must be one of auto, reference, torch, onednn, triton; got 'fast'"
+    ):
+        backend("fast")
