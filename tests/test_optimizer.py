@@ -212,6 +212,22 @@ def test_bfloat16_products_leave_weights_and_moments_in_float32(kind: str) -> No
     assert not torch.equal(predictions[None], predictions[torch.bfloat16])
 
 
+@every_kind
+@pytest.mark.parametrize("micro_batch_tokens", [1, 5, TOKENS, 10 * TOKENS])
+def test_a_batch_in_parts_has_the_gradients_and_metrics_of_the_whole(kind: str, micro_batch_tokens: int) -> None:
+    students = [
+        Student("s", 0, layer_of(kind), StudentConfig(lr=0.01, micro_batch_tokens=tokens))
+        for tokens in (None, micro_batch_tokens)
+    ]
+    seen = [gradients_seen_by(student.optimizer) for student in students]
+    for student in students:
+        take_steps(student, range(3))
+    norms = [[norm for norm, _ in of_one] for of_one in seen]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+    whole, parts = (student.read_metrics(3 * TOKENS) for student in students)
+    assert whole == pytest.approx(parts, rel=1e-4)
+
+
 def dying(aux_coefficient: float, aux_k: int = 4) -> Student:
     """A student whose latents from 5 on score far below the others, on every input."""
     layer = layer_of("transcoder")

@@ -53,7 +53,7 @@ def backend(device: torch.device) -> Backend:
 def automatic_backend(device_type: str) -> Backend:
     """Return what kernels on this sort of device use when nobody chooses."""
     # What torch.compile traces, it hands to oneDNN itself.
-    return "onednn" if device_type == "cpu" and has_onednn() and not torch.compiler.is_compiling() else "torch"
+    return "onednn" if device_type == "cpu" and not torch.compiler.is_compiling() and has_onednn() else "torch"
 
 
 @cache

@@ -19,7 +19,7 @@ from mxd.training.optimizer import (
 )
 
 Loss = Callable[[SparseLayerOutput, Tensor], Tensor]
-"""A student's loss: a function of what its layer returned and of the target."""
+"""A student's loss: a mean over tokens of what its layer returned and of the target."""
 
 
 def distillation(output: SparseLayerOutput, target: Float[Tensor, "tokens d_out"]) -> Float[Tensor, ""]:
@@ -43,6 +43,8 @@ class StudentConfig:
     """Dead latents that the auxiliary loss activates for each token, at most."""
     dead_tokens: int = 1_000_000
     """Tokens without firing after which a latent counts as dead."""
+    micro_batch_tokens: int | None = None
+    """Tokens of one forward and backward pass, at most; a batch of more adds up the gradients of several."""
 
 
 class Student:
@@ -100,17 +102,17 @@ class Student:
         autocast: torch.dtype | None,
     ) -> None:
         """Learn from one batch; nothing is read back from the device, but by the loss that revives dead latents."""
-        tokens_before = step * len(x)
         if self.network.reads == "output":
             x = target
         if self.normalization is not None:
             x = self.normalization(x)
-        with torch.autocast(x.device.type, autocast, enabled=autocast is not None):
-            output = self.network(x)
-            loss = self.loss(output, target)
-            if self.config.aux_coefficient:
-                loss = loss + self.config.aux_coefficient * self._dead_latent_loss(tokens_before, x, target, output)
-        loss.backward()
+        tokens_after, at_once = (step + 1) * len(x), self.config.micro_batch_tokens or max(1, len(x))
+        dead = self._dead_latents(step * len(x)) if self.config.aux_coefficient else None
+        loss = target.new_zeros(())
+        for rows in zip(x.split(at_once), target.split(at_once), is_content.split(at_once), strict=True):
+            output, part = self._add_gradients(rows[0], rows[1], len(x), dead, autocast)
+            self._observe(tokens_after, output, *rows[1:])
+            loss += part
         project_gradients_(self.network.unit_length_tables())
         if self.config.clip is not None:
             torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.config.clip)
@@ -119,16 +121,29 @@ class Student:
         self.optimizer.step()
         self.network.zero_grad(set_to_none=True)
         renormalize_(self.network.unit_length_tables())
-        bad_input = ~torch.isfinite(x.sum() + target.sum())
-        self._note_first_bad_step(step, loss.detach(), bad_input)
-        self._observe(tokens_before + len(x), output, target, is_content, loss.detach())
+        self._note_first_bad_step(step, loss, ~torch.isfinite(x.sum() + target.sum()))
+        self._sums["loss"] += loss
+        self._sums["steps"] += 1
+
+    def _add_gradients(
+        self, x: Tensor, target: Tensor, batch_tokens: int, dead: Tensor | None, autocast: torch.dtype | None
+    ) -> tuple[SparseLayerOutput, Float[Tensor, ""]]:
+        """Add these rows' gradients to those of the batch's other rows; return output and share of the batch's loss."""
+        with torch.autocast(x.device.type, autocast, enabled=autocast is not None):
+            output = self.network(x)
+            loss = self.loss(output, target)
+            if dead is not None and len(dead) > 0:
+                loss = loss + self.config.aux_coefficient * self._dead_latent_loss(dead, x, target, output)
+        loss = loss * (len(x) / batch_tokens)
+        loss.backward()
+        return output, loss.detach()
+
+    def _dead_latents(self, tokens: int) -> Int[Tensor, " dead"]:
+        return (tokens - self._last_fired >= self.config.dead_tokens).nonzero().squeeze(1)
 
     def _dead_latent_loss(
-        self, tokens_before: int, x: Tensor, target: Tensor, output: SparseLayerOutput
+        self, dead: Tensor, x: Tensor, target: Tensor, output: SparseLayerOutput
     ) -> Float[Tensor, ""]:
-        dead = (tokens_before - self._last_fired >= self.config.dead_tokens).nonzero().squeeze(1)
-        if len(dead) == 0:
-            return x.new_zeros(())
         chosen = self.network.encode_among(x, dead, min(self.config.aux_k, len(dead))).indices
         scores = self.network.scores_of(x, chosen)
         # Rectified, but with the identity's gradient: relu's would never reach a latent whose scores are all negative.
@@ -137,17 +152,13 @@ class Student:
         return dead_latent_loss(target.float() - output.prediction.float(), prediction.float())
 
     @torch.no_grad()
-    def _observe(
-        self, tokens_after: int, output: SparseLayerOutput, target: Tensor, is_content: Tensor, loss: Tensor
-    ) -> None:
+    def _observe(self, tokens_after: int, output: SparseLayerOutput, target: Tensor, is_content: Tensor) -> None:
         values, indices = output.code
         fired_at = torch.where(values > 0, tokens_after, 0).flatten()
         self._last_fired.scatter_reduce_(0, indices.flatten(), fired_at, "amax")
         kept = target.float() * is_content[:, None]
         error = (output.prediction.float() - target.float()) * is_content[:, None]
         additions = {
-            "loss": loss,
-            "steps": 1,
             "tokens": is_content.sum(),
             "l0": ((values > 0).sum(-1) * is_content).sum(),
             "error": error.square().sum(),
