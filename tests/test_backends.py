@@ -92,30 +92,27 @@ def assert_near(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> Non
 
 
 @needs_onednn
-@pytest.mark.parametrize(("rows", "kernel"), [(31, False), (32, True)])
-def test_few_rows_are_left_to_torch(rows: int, kernel: bool, backend: Callable[[str], None]) -> None:
+def test_few_rows_are_left_to_torch(backend: Callable[[str], None]) -> None:
     backend("auto")
-    x, weight = torch.randn(rows, 8), torch.randn(8, 12)
-    assert products._is_for_onednn(x, weight) == kernel
-    product = products.product_by_rows(weight, torch.ones(12), x)
-    torch.testing.assert_close(product(x), x @ weight + 1)
+    weight = torch.randn(8, 12)
+    fewest = products.FEWEST_ROWS
+    assert not products._is_for_onednn(torch.randn(fewest - 1, 8), weight)
+    assert products._is_for_onednn(torch.randn(fewest, 8), weight)
 
 
 @needs_onednn
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("by_column", [False, True])
-def test_a_product_by_rows_serves_every_block(dtype: torch.dtype, by_column: bool) -> None:
-    x, weight, bias = (
-        normal(100, 24).detach(),
-        normal(24, 33, seed=1, by_column=by_column).detach(),
-        normal(33).detach(),
-    )
-    x, weight, bias = (tensor.to(dtype) for tensor in (x, weight, bias))
-    product = products.product_by_rows(weight, bias, x[:64])
-    for rows in (slice(0, 64), slice(64, 100), slice(99, 100)):
-        expected = reference.linear(x[rows].double(), weight.double(), bias.double())
-        tolerance = 1e-4 if dtype == torch.float32 else 0.1
-        torch.testing.assert_close(product(x[rows]).double(), expected, rtol=tolerance, atol=tolerance)
+@pytest.mark.parametrize("at_once", [1, 64, 99, 1000])
+def test_a_product_by_rows_is_the_product(dtype: torch.dtype, by_column: bool, at_once: int) -> None:
+    exact = normal(100, 24), normal(24, 33, seed=1, by_column=by_column), normal(33)
+    x, weight, bias = (tensor.detach().to(dtype) for tensor in exact)
+    blocks = list(products.product_by_rows(x, weight, bias, at_once))
+    assert [row for rows, _ in blocks for row in range(100)[rows]] == list(range(100))
+    expected = reference.linear(x.double(), weight.double(), bias.double())
+    tolerance = 1e-4 if dtype == torch.float32 else 0.1
+    actual = torch.cat([block for _, block in blocks])
+    torch.testing.assert_close(actual.double(), expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("kind", LAYERS)

@@ -5,7 +5,7 @@ and in every call rearranges the weight for the caches. oneDNN, part of every x8
 `torch.compile` calls through these same two operators, makes better use of it and takes a weight rearranged once.
 """
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,11 +15,11 @@ from torch.autograd.function import once_differentiable
 
 from mxd.kernels.backends import backend
 
-FEWEST_ROWS = 32
-"""Products of fewer rows than these are left to torch: rearranging the weight would cost more than it brings."""
+FEWEST_ROWS = 4
+"""Products of fewer rows than these are left to torch: they take as long as reading the weight.
 
-RowsProduct = Callable[[Float[Tensor, "rows d_in"]], Float[Tensor, "rows d_out"]]
-"""Multiplies some rows with a weight that it holds ready, and adds a bias."""
+NUMBERS (benchmarks/kernels.py).
+"""
 
 
 def linear(
@@ -34,13 +34,17 @@ def linear(
 
 
 def product_by_rows(
-    weight: Float[Tensor, "d_in d_out"], bias: Float[Tensor, " d_out"], example: Float[Tensor, "rows d_in"]
-) -> RowsProduct:
-    """Return a function that multiplies blocks of rows like the example with the weight; it knows no gradient."""
-    if _is_for_onednn(example, weight) and example.dtype in (torch.float32, torch.bfloat16):
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight.t().contiguous(), len(example))
-        return lambda rows: torch.ops.mkldnn._linear_pointwise(rows, packed, bias, "none", [], "")
-    return lambda rows: torch.addmm(bias, rows, weight)
+    x: Float[Tensor, "rows d_in"], weight: Float[Tensor, "d_in d_out"], bias: Float[Tensor, " d_out"], at_once: int
+) -> Iterator[tuple[slice, Float[Tensor, "block d_out"]]]:
+    """Yield `x @ weight + bias` in blocks of `at_once` rows, each with the rows that it is of; it knows no gradient."""
+    blocks = [slice(start, min(start + at_once, len(x))) for start in range(0, len(x), at_once)]
+    if not (_is_for_onednn(x, weight) and x.dtype in (torch.float32, torch.bfloat16)):
+        yield from ((rows, torch.addmm(bias, x[rows], weight)) for rows in blocks)
+        return
+    columns = weight.t()
+    if len(blocks) > 1:
+        columns = torch.ops.mkldnn._reorder_linear_weight(columns.contiguous(), at_once)
+    yield from ((rows, _times_transpose(x[rows], columns, bias)) for rows in blocks)
 
 
 def _is_for_onednn(x: Tensor, weight: Tensor) -> bool:

@@ -49,12 +49,10 @@ class _Route(torch.autograd.Function):
         values, indices = weight.new_empty(len(x), k), torch.empty(len(x), k, dtype=torch.long, device=x.device)
         x_cast, weight_cast, bias_cast = (_for_product(tensor) for tensor in (x, weight, bias))
         score_bytes = weight.shape[1] * weight_cast.element_size()
-        block = max(1, BLOCK_BYTES.get(x.device.type, BLOCK_BYTES_ELSEWHERE) // score_bytes)
-        scores_of = product_by_rows(weight_cast, bias_cast, x_cast[:block])
+        at_once = max(1, BLOCK_BYTES.get(x.device.type, BLOCK_BYTES_ELSEWHERE) // score_bytes)
         largest = _selection(x.device)
-        for start in range(0, len(x), block):
-            rows = slice(start, start + block)
-            kept_values, indices[rows] = largest(scores_of(x_cast[rows]), k)
+        for rows, scores in product_by_rows(x_cast, weight_cast, bias_cast, at_once):
+            kept_values, indices[rows] = largest(scores, k)
             values[rows] = kept_values.relu_()
         ctx.mark_non_differentiable(indices)
         ctx.save_for_backward(x, weight, values, indices)
