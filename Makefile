@@ -1,7 +1,7 @@
 # What a person runs here. Every target that needs Python makes .venv first; nothing outside this folder is changed.
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bundled-model clean
+.PHONY: help demo test lint bench bench-gpu bundled-model clean
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
@@ -30,6 +30,20 @@ test: lint ## Run lint and all tests, offline.
 	else \
 		echo "The tests marked compile are left out: torch.compile needs a C++ compiler (apt install g++)."; \
 	fi
+
+bench: $(INSTALLED) ## Measure training and inference on this machine's CPU (an hour), beside the peers' packages.
+	$(BIN)/python -m pip install -c constraints.txt -e ".[bench]"
+	$(BIN)/python benchmarks/kernels.py
+	$(BIN)/python benchmarks/train_step.py --kind mxd --dtype float32 bfloat16
+	$(BIN)/python benchmarks/train_step.py --kind transcoder
+	$(BIN)/python benchmarks/scaling.py
+	$(BIN)/python benchmarks/inference.py
+	$(BIN)/python benchmarks/end_to_end.py
+	$(BIN)/python benchmarks/precision.py
+
+bench-gpu: $(INSTALLED) ## Test the Triton kernels on a CUDA GPU and measure training there (under 8 minutes).
+	HF_HUB_OFFLINE=1 $(BIN)/pytest -m gpu
+	$(BIN)/python benchmarks/gpu.py
 
 bundled-model: $(INSTALLED) ## Train the bundled model (hours), or go on where training stopped, and write its card.
 	$(BIN)/python scripts/train_bundled_model.py --out $(MODEL_RUN) $(if $(wildcard $(MODEL_RUN)),--resume)
