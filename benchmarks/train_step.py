@@ -1,354 +1,352 @@
-"""One training step of a Mixture of Decoders: mxd's, and the same mathematics written densely.
+"""One training step: mxd's, the same mathematics written densely, the bare products, and other libraries'.
 
-    python benchmarks/train_step.py
-    python benchmarks/train_step.py --dtype bfloat16 --json step.json
+    python benchmarks/train_step.py --dtype float32 bfloat16
+    python benchmarks/train_step.py --kind transcoder
     python benchmarks/train_step.py --profile
 
-`mxd` is `Student.step`. `dense` is the plain formulation, autograd throughout: a code of one number per expert and
-token, multiplied with the whole expert table, and AdamW as torch ships it. `products` is what no exact formulation can
-do without: the gate's product with the input, and the dense branch's two products with their three gradients.
-
-The step is forward, backward, gradient projection, AdamW and renormalisation. Weights and batch are the same for all;
-before anything is timed, loss and gradients of `mxd` and `dense` must agree. Rounds are interleaved, so that a machine
-that is busy is busy for all of them, and memory is measured in a process of its own for each.
+`variants.py` says what each variant does. Before anything is timed, loss and gradients of `mxd` and `dense` must agree.
+Rounds are interleaved, so that a machine that is busy is busy for all, and memory is measured in a process of its own
+for each: the most that two steps take above what is there when the weights and the batch are, less the bytes that
+gradients and AdamW's two moments must have.
 """
 
-import copy
-import datetime
-import json
 import os
-import platform
-import resource
-import statistics
-import subprocess
-import sys
-import time
-from collections.abc import Callable
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from statistics import median
+from typing import NamedTuple
 
 import torch
 import tyro
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
-from torch.nn import functional
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from mxd.layers import MixtureOfDecoders, MixtureOfDecodersConfig
-from mxd.losses import distillation_loss
-from mxd.training.optimizer import project_gradients_, renormalize_
-from mxd.training.student import Student, StudentConfig
+from harness import (
+    RESULTS,
+    Timing,
+    machine,
+    measure,
+    median_wall,
+    number_from_own_process,
+    peak_bytes,
+    print_table,
+    write_report,
+)
+from mxd.evaluation.drawing import GRID, INK, MUTED, figure
+from mxd.layers.sizing import EXPANSION, paper_num_experts
+from variants import (
+    VARIANTS,
+    Dtype,
+    Kind,
+    Shape,
+    autocast,
+    dense_loss,
+    is_installed,
+    make_batch,
+    make_layer,
+    mxd_loss,
+    sparsify_coder,
+)
 
-LEARNING_RATE = 1e-4
 TOLERANCE = 1e-3
-"""Largest relative error of a gradient in float32; one expert chosen otherwise among equals costs that much."""
+"""Largest relative error of a gradient in float32; one latent chosen otherwise among equals costs that much."""
+MEMORY = "peak RSS of two steps in a process of its own, above weights and batch, less gradients and AdamW's moments"
+COLOURS = {
+    "mxd": "#0072b2",
+    "dense": "#e69f00",
+    "sparsify": "#009e73",
+    "products": "#8a94a3",
+    "linear products": "#8a94a3",
+}
+OTHER_COLOUR = "#cc79a7"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Options:
     """Time one training step; the shape is that of GPT-2's MLP at the paper's size."""
 
-    tokens: int = 2048
+    kind: Kind = "mxd"
+    """Which layer learns; the other libraries have transcoders and autoencoders only."""
+    tokens: int = 4096
     """Tokens in the batch."""
     d_model: int = 768
     """Width of input and output."""
     d_hidden: int = 3072
-    """Number of dense hidden units."""
-    num_experts: int = 21_490
-    """Number of experts."""
+    """Number of dense hidden units; a transcoder has none."""
+    num_latents: int | None = None
+    """Number of experts or latents; the paper's for this shape if not given: 21,490, or 24,576 for a transcoder."""
     k: int = 32
-    """Experts active for each token."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the products: bfloat16 means autocast with float32 weights."""
+    """Latents active for each token."""
+    dtype: tuple[Dtype, ...] = ("float32",)
+    """Types of the products, all timed in one run: bfloat16 means autocast with float32 weights."""
     rounds: int = 9
     """Timed steps of each variant."""
     threads: int | None = None
     """Threads of torch; its own choice if not given."""
-    json: Path | None = None
-    """File to write the results to."""
+    out: Path = RESULTS
+    """Folder of the report."""
     note: str = ""
     """What a reader of the results should know, such as what else the machine was doing."""
     profile: bool = False
     """Print where mxd's step spends its time, and stop."""
-    memory_of: str | None = None
+    memory_of: tuple[str, Dtype] | None = None
     """Print one variant's peak memory in bytes, and stop; the script calls itself with this."""
 
-
-class Batch(NamedTuple):
-    """What a step learns from."""
-
-    x: Tensor
-    target: Tensor
-
-
-LossOf = Callable[[MixtureOfDecoders, Batch], Tensor]
-
-
-def build(options: Options) -> tuple[MixtureOfDecoders, Batch]:
-    generator = torch.Generator().manual_seed(0)
-    config = MixtureOfDecodersConfig(
-        d_in=options.d_model,
-        d_hidden=options.d_hidden,
-        d_out=options.d_model,
-        num_experts=options.num_experts,
-        k=options.k,
-    )
-    layer = MixtureOfDecoders(config, generator)
-    with torch.no_grad():  # It begins at zero, and then no other weight has a gradient.
-        layer.W_dec.normal_(std=options.d_hidden**-0.5, generator=generator)
-    x, target = torch.randn(2, options.tokens, options.d_model, generator=generator)
-    return layer, Batch(x, target)
+    @property
+    def shape(self) -> Shape:
+        num_latents = self.num_latents
+        if num_latents is None:
+            is_mxd = self.kind == "mxd"
+            num_latents = paper_num_experts(self.d_model, self.d_hidden) if is_mxd else EXPANSION * self.d_model
+        return Shape(
+            kind=self.kind,
+            tokens=self.tokens,
+            d_model=self.d_model,
+            d_hidden=self.d_hidden,
+            num_latents=num_latents,
+            k=self.k,
+        )
 
 
-def autocast(options: Options) -> torch.autocast:
-    return torch.autocast("cpu", torch.bfloat16, enabled=options.dtype == "bfloat16")
+class Run(NamedTuple):
+    """One variant in one type: a row of the table."""
+
+    variant: str
+    dtype: Dtype
+
+    @property
+    def name(self) -> str:
+        return f"{self.variant}, {self.dtype}"
 
 
-def mxd_loss(layer: MixtureOfDecoders, batch: Batch) -> Tensor:
-    return distillation_loss(layer(batch.x).prediction.float(), batch.target)
+def planned_runs(options: Options) -> list[Run]:
+    """Return what is timed, and say what is left out; other libraries run in float32 only."""
+    runs = [
+        Run(name, dtype)
+        for name, variant in VARIANTS[options.kind].items()
+        for dtype in options.dtype
+        if is_installed(variant) and (variant.package is None or dtype == "float32")
+    ]
+    for name, variant in VARIANTS[options.kind].items():
+        if not is_installed(variant):
+            print(f'{name} is left out, since its package is not installed: pip install -e ".[bench]"')
+    if any(run.variant.startswith("sae-lens") for run in runs):
+        print("sae-lens trains no transcoder: its rows are steps of a TopK autoencoder of the same size.")
+    return runs
 
 
-def mxd_step(layer: MixtureOfDecoders, batch: Batch, options: Options) -> Callable[[], None]:
-    student = Student("benchmark", 0, layer, StudentConfig(lr=LEARNING_RATE))
-    is_content = torch.ones(options.tokens, dtype=torch.bool)
-    dtype = torch.bfloat16 if options.dtype == "bfloat16" else None
-    return lambda: student.step(0, *batch, is_content, lr_factor=1.0, autocast=dtype)
-
-
-def dense_loss(layer: MixtureOfDecoders, batch: Batch) -> Tensor:
-    scores = functional.relu(batch.x @ layer.W_gate + layer.b_gate)
-    values, indices = scores.topk(layer.config.k, dim=-1)
-    code = torch.zeros_like(scores).scatter(-1, indices, values)
-    hidden = functional.gelu(batch.x @ layer.encoder.W_enc + layer.encoder.b_enc)
-    prediction = (code @ layer.W_expert) * (hidden @ layer.W_dec) + layer.b_dec
-    return ((prediction.float() - batch.target).square() / batch.target.norm(dim=-1, keepdim=True)).mean()
-
-
-def dense_step(layer: MixtureOfDecoders, batch: Batch, options: Options) -> Callable[[], None]:
-    optimizer = torch.optim.AdamW(layer.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
-    table = layer.W_expert
-
-    def step() -> None:
-        with torch.no_grad():
-            table.div_(table.norm(dim=1, keepdim=True))
-        with autocast(options):
-            loss = dense_loss(layer, batch)
-        optimizer.zero_grad()
-        loss.backward()
-        with torch.no_grad():
-            assert table.grad is not None
-            table.grad -= (table.grad * table).sum(dim=1, keepdim=True) * table
-        optimizer.step()
-
-    return step
-
-
-def products_step(layer: MixtureOfDecoders, batch: Batch, options: Options) -> Callable[[], None]:
-    dtype = getattr(torch, options.dtype)
-    x, gradient = batch.x.to(dtype), batch.target.to(dtype)
-    gate, enc, dec = (weight.detach().to(dtype) for weight in (layer.W_gate, layer.encoder.W_enc, layer.W_dec))
-
-    def step() -> None:
-        _ = x @ gate
-        hidden = x @ enc
-        _ = hidden @ dec
-        _ = hidden.t() @ gradient
-        _ = x.t() @ (gradient @ dec.t())
-
-    return step
-
-
-VARIANTS = {"mxd": mxd_step, "dense": dense_step, "products": products_step}
-
-
-def gradients(loss_of: LossOf, layer: MixtureOfDecoders, batch: Batch, options: Options) -> dict[str, Tensor]:
-    with autocast(options):
-        loss = loss_of(layer, batch)
+def gradients(loss: Tensor, layer: torch.nn.Module) -> dict[str, Tensor]:
     names, weights = zip(*layer.named_parameters(), strict=True)
     return {"loss": loss.detach(), **dict(zip(names, torch.autograd.grad(loss, weights), strict=True))}
 
 
-def require_agreement(layer: MixtureOfDecoders, batch: Batch, options: Options) -> dict[str, dict[str, float]]:
+def relative_error(found: Tensor, exact: Tensor) -> float:
+    return float((found - exact).norm() / exact.norm())
+
+
+def require_agreement(options: Options, runs: Sequence[Run]) -> dict[str, dict[str, float]]:
     """Return the relative errors of loss and gradients, against the dense ones in float32.
 
     In bfloat16 many scores are equal and each variant chooses among them, so mxd is held to what dense errs by.
 
     Raises:
-        ValueError: If one of mxd's is larger than rounding explains.
+        ValueError: If one of mxd's, or sparsify's output, is off by more than rounding explains.
     """
-    exact = gradients(dense_loss, layer, batch, replace(options, dtype="float32"))
+    layer, batch = make_layer(options.shape), make_batch(options.shape)
+    exact = gradients(dense_loss(layer, batch), layer)
     errors: dict[str, dict[str, float]] = {}
-    for variant, loss_of in {"mxd": mxd_loss, "dense": dense_loss}.items():
-        found = gradients(loss_of, layer, batch, options)
-        errors[variant] = {name: float((found[name] - exact[name]).norm() / exact[name].norm()) for name in exact}
-    for name, error in errors["mxd"].items():
-        allowed = max(TOLERANCE, 1.1 * errors["dense"][name])
-        if not error <= allowed:
-            raise ValueError(f"The relative error of {name} must be at most {allowed:.1e}; got {error:.1e}.")
+    for dtype in options.dtype:
+        for variant, loss_of in {"dense": dense_loss, "mxd": mxd_loss}.items():
+            with autocast(dtype):
+                loss = loss_of(layer, batch)
+            found = gradients(loss, layer)
+            errors[Run(variant, dtype).name] = {name: relative_error(found[name], exact[name]) for name in exact}
+        for name, error in errors[Run("mxd", dtype).name].items():
+            _require(f"{name} in {dtype}", error, max(TOLERANCE, 1.1 * errors[Run("dense", dtype).name][name]))
+    if Run("sparsify", "float32") in runs:
+        with torch.no_grad():
+            error = relative_error(sparsify_coder(options.shape)(batch.x).sae_out, layer(batch.x).prediction)
+        errors["sparsify, float32"] = {"prediction": error}
+        _require("sparsify's prediction", error, TOLERANCE)
     return errors
 
 
-class Timing(NamedTuple):
-    """Seconds of one step."""
-
-    wall: float
-    cpu: float
+def _require(what: str, error: float, allowed: float) -> None:
+    if not error <= allowed:
+        raise ValueError(f"The relative error of {what} must be at most {allowed:.1e}; got {error:.1e}.")
 
 
-def measure(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[Timing]]:
-    timings: dict[str, list[Timing]] = {name: [] for name in steps}
-    for round_ in range(rounds + 1):
-        for name, step in steps.items():
-            wall, cpu = time.perf_counter(), time.process_time()
-            step()
-            if round_:  # The first one allocates the optimiser's state.
-                timings[name].append(Timing(time.perf_counter() - wall, time.process_time() - cpu))
-    return timings
+def resident_bytes() -> int:
+    """Return the memory that this process has now; building weights may have taken more for a moment."""
+    statm = Path("/proc/self/statm")
+    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else peak_bytes()
 
 
-def peak_bytes() -> int:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def print_peak_memory(options: Options, variant: str) -> None:
-    layer, batch = build(options)
-    base = peak_bytes()
-    step = VARIANTS[variant](layer, batch, options)
+def print_peak_memory(options: Options, run: Run) -> None:
+    variant = VARIANTS[options.kind][run.variant]
+    tiny = Shape(kind=options.kind, tokens=64, d_model=16, d_hidden=32, num_latents=64, k=4)
+    # What a first step imports, such as torch's compiler with the first optimiser, is no memory of a step.
+    variant.step(variant.weights(tiny), make_batch(tiny), run.dtype)()
+    batch, weights = make_batch(options.shape), variant.weights(options.shape)
+    if not variant.trains:
+        weights = weights.to(getattr(torch, run.dtype))
+    base = resident_bytes()
+    step = variant.step(weights, batch, run.dtype)
     for _ in range(2):
         step()
-    print(peak_bytes() - base)
+    gradients_and_moments = 3 * sum(weight.nbytes for weight in weights.parameters()) if variant.trains else 0
+    print(peak_bytes() - base - gradients_and_moments)
 
 
-def peak_memory_in_own_process(variant: str) -> int:
-    command = [sys.executable, *sys.argv, "--memory-of", variant]
-    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-
-
-def print_profile(options: Options, console: Console) -> None:
-    """Run the pieces of `Student.step` under torch's profiler, and print each one's share."""
-    layer, batch = build(options)
-    optimizer = Student("benchmark", 0, layer, StudentConfig(lr=LEARNING_RATE)).optimizer
-    tables = layer.unit_length_tables()
-
-    def step() -> None:
-        with autocast(options):
-            loss = mxd_loss(layer, batch)
-        loss.backward()
-        with record_function("project"):
-            project_gradients_(tables)
-        optimizer.step()
-        with record_function("free the gradients"):
-            optimizer.zero_grad()
-        with record_function("renormalise"):
-            renormalize_(tables)
-
+def print_profile(options: Options, dtype: Dtype) -> None:
+    """Run mxd's step under torch's profiler, and print the share of its parts, then of the operators in them."""
+    layer, batch = make_layer(options.shape), make_batch(options.shape)
+    step = VARIANTS[options.kind]["mxd"].step(layer, batch, dtype)
     step()
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         for _ in range(options.rounds):
             with record_function("step"):
                 step()
-    seconds = {event.key: event.cpu_time_total / 1e6 / options.rounds for event in profiler.key_averages()}
-    shares = {
-        "route": seconds["_Route"],
-        "mix": seconds["_Mix"],
-        "route, backward": seconds["_RouteBackward"],
-        "mix, backward": seconds["_MixBackward"],
-        "AdamW": seconds["Optimizer.step#AdamW.step"],
-        **{name: seconds[name] for name in ("project", "renormalise", "free the gradients")},
+    events = profiler.key_averages()
+    scale = 1e6 * options.rounds
+    (whole,) = (event.cpu_time_total / scale for event in events if event.key == "step")
+    # Autograd functions of ours are called like this, and the optimiser's step.
+    parts = {
+        event.key: event.cpu_time_total / scale
+        for event in events
+        if re.fullmatch(r"_[A-Z]\w*|Optimizer\.step#.*", event.key)
     }
-    shares["dense branch and loss"] = seconds["step"] - sum(shares.values())
-    table = Table("part", "seconds", "share", title=f"mxd's step, {options.dtype}")
-    for name in sorted(shares, key=shares.__getitem__, reverse=True):
-        table.add_row(name, f"{shares[name]:.3f}", f"{shares[name] / seconds['step']:.1%}")
-    console.print(table)
+    parts["everything else"] = whole - sum(parts.values())
+    operators = {event.key: event.self_cpu_time_total / scale for event in events if event.key != "step"}
+    for what, seconds in {"parts": parts, "operators, without what they call": operators}.items():
+        names = sorted(seconds, key=seconds.__getitem__, reverse=True)[:12]
+        rows = [{"": name, "seconds": seconds[name], "share": f"{seconds[name] / whole:.1%}"} for name in names]
+        print_table(rows, f"mxd's step, {dtype}: {what}")
 
 
-def machine() -> dict[str, object]:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    return {
-        "date": datetime.date.today().isoformat(),
-        "cpu": name,
-        "cpus": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load_average_before": round(os.getloadavg()[0], 2),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "platform": f"{platform.system()} {platform.machine()}",
+def ratio(timings: Mapping[str, Sequence[Timing]], above: Run, below: Run) -> float | None:
+    """Return the median over rounds of the ratio within a round; none where one of the two was not timed."""
+    if above.name not in timings or below.name not in timings:
+        return None
+    pairs = zip(timings[above.name], timings[below.name], strict=True)
+    return median(slow.wall / fast.wall for slow, fast in pairs)
+
+
+def ratios(timings: Mapping[str, Sequence[Timing]], options: Options) -> dict[str, float]:
+    asked: dict[str, tuple[Run, Run]] = {}
+    for dtype in options.dtype:
+        mine = Run("mxd", dtype)
+        for products in ("products", "linear products"):
+            asked[f"mxd / {products}, both {dtype}"] = mine, Run(products, dtype)
+        for dense in dict.fromkeys(("float32", dtype)):
+            asked[f"dense, {dense} / mxd, {dtype}"] = Run("dense", dense), mine
+    mine = Run("mxd", "float32")
+    asked |= {
+        f"mxd / {name}, both float32": (mine, Run(name, "float32"))
+        for name, variant in VARIANTS[options.kind].items()
+        if variant.package is not None
     }
+    found = {name: ratio(timings, *runs) for name, runs in asked.items()}
+    return {name: value for name, value in found.items() if value is not None}
 
 
-class Result(NamedTuple):
-    """What was measured of one variant."""
+def draw(rows: Sequence[Mapping[str, object]], title: str, subtitle: str) -> Figure:
+    """Draw time and memory as bars side by side; a lighter bar is bfloat16, a thin line spans the rounds."""
+    with figure(10, 0.42 * len(rows) + 0.7, title=title, subtitle=subtitle) as drawing:
+        seconds, memory = drawing.subplots(1, 2, sharey=True, width_ratios=[3, 2])
+        for place, row in enumerate(rows):
+            fastest, middle, slowest, mebibytes = (
+                float(str(row[name])) for name in ("fastest s", "median s", "slowest s", "step MiB")
+            )
+            share = 0.5 if row["dtype"] == "bfloat16" else 1.0
+            colour = [1 - share * (1 - part) for part in to_rgb(COLOURS.get(str(row["variant"]), OTHER_COLOUR))]
+            for panel, length, end, text in (
+                (seconds, middle, slowest, f"{middle:.2f} s"),
+                (memory, mebibytes, mebibytes, f"{mebibytes:,.0f} MiB"),
+            ):
+                panel.barh(place, length, height=0.66, color=colour)
+                panel.annotate(text, (end, place), xytext=(5, 0), textcoords="offset points", va="center")
+            seconds.plot([fastest, slowest], [place, place], color=INK, lw=1.1)
+        seconds.set_yticks(range(len(rows)), [f"{row['variant']}, {row['dtype']}" for row in rows])
+        seconds.invert_yaxis()
+        seconds.set_title("Time of a step (median; the line spans all rounds)")
+        memory.set_title("Memory of a step, above weights,\ngradients and optimiser state")
+        for panel, unit, room in ((seconds, "seconds", 1.14), (memory, "MiB", 1.28)):
+            panel.set_xlim(0, room * panel.dataLim.x1)
+            panel.set_xlabel(unit, color=MUTED)
+            panel.grid(axis="x", color=GRID)
+            panel.tick_params(axis="y", length=0)
+            panel.spines["left"].set_visible(False)
+        return drawing
 
-    seconds_median: float
-    seconds_min: float
-    cpu_seconds_median: float
-    peak_bytes_above_base: int
-    seconds: list[float]
 
-
-def summarise(timings: list[Timing], peak: int) -> Result:
-    wall = [timing.wall for timing in timings]
-    cpu = statistics.median(timing.cpu for timing in timings)
-    return Result(statistics.median(wall), min(wall), cpu, peak, wall)
-
-
-def print_results(results: dict[str, Result], ratios: dict[str, float], options: Options, console: Console) -> None:
-    title = f"One step, {options.dtype}, {options.tokens} tokens, {torch.get_num_threads()} threads"
-    table = Table("variant", "median s", "min s", "CPU s", "peak MiB above weights", title=title)
-    for name, row in results.items():
-        times = (f"{seconds:.3f}" for seconds in row[:3])
-        table.add_row(name, *times, f"{row.peak_bytes_above_base / 2**20:,.0f}")
-    console.print(table)
-    console.print("dense / mxd:", ", ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items()))
-
-
-def compare(options: Options, console: Console) -> None:
-    described = machine()
+def compare(options: Options) -> None:
+    described, runs, shape = machine(), planned_runs(options), options.shape
     # First, because on Linux a process inherits the peak of the one that started it.
-    peaks = {name: peak_memory_in_own_process(name) for name in VARIANTS}
-    layer, batch = build(options)
-    errors = require_agreement(layer, batch, options)
-    steps = {name: make(copy.deepcopy(layer), batch, options) for name, make in VARIANTS.items()}
-    timings = measure(steps, options.rounds)
-    results = {name: summarise(timings[name], peaks[name]) for name in VARIANTS}
-    ours, dense = results["mxd"], results["dense"]
-    rounds = [theirs / mine for mine, theirs in zip(ours.seconds, dense.seconds, strict=True)]
-    ratios = {
-        "median of rounds": statistics.median(rounds),
-        "medians": dense.seconds_median / ours.seconds_median,
-        "minima": dense.seconds_min / ours.seconds_min,
-        "CPU time": dense.cpu_seconds_median / ours.cpu_seconds_median,
-        "peak memory": dense.peak_bytes_above_base / ours.peak_bytes_above_base,
+    peaks = {run.name: number_from_own_process("--memory-of", *run) for run in runs}
+    errors = require_agreement(options, runs)
+    batch = make_batch(shape)
+    steps = {
+        run.name: variant.step(variant.weights(shape), batch, run.dtype)
+        for run in runs
+        for variant in [VARIANTS[options.kind][run.variant]]
     }
-    print_results(results, ratios, options, console)
-    console.print(described)
-    if options.json is not None:
-        settings = {key: value for key, value in asdict(options).items() if key not in ("json", "profile", "memory_of")}
-        report = {
-            "machine": described,
-            "options": settings,
-            "relative_errors": errors,
-            "dense_over_mxd": ratios,
-            "results": {name: result._asdict() for name, result in results.items()},
+    timings = measure(steps, options.rounds)
+    rows: list[dict[str, object]] = [
+        {
+            "variant": run.variant,
+            "dtype": run.dtype,
+            "median s": median_wall(timings[run.name]),
+            "fastest s": min(timing.wall for timing in timings[run.name]),
+            "slowest s": max(timing.wall for timing in timings[run.name]),
+            "CPU s": median(timing.cpu for timing in timings[run.name]),
+            "step MiB": round(peaks[run.name] / 2**20),
         }
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
+        for run in runs
+    ]
+    found = ratios(timings, options)
+    latents = "experts" if options.kind == "mxd" else "latents"
+    title = f"One training step: {options.kind}, {shape.tokens:,} tokens"
+    subtitle = f"width {shape.d_model}, {shape.num_latents:,} {latents}, k {shape.k}"
+    print_table(rows, f"{title}, {subtitle}")
+    print(f"step MiB: {MEMORY}.")
+    print_table([{"ratio": name, "median of rounds": value} for name, value in found.items()], "Ratios")
+    Console().print(described)
+    hardware = f"{described['cpu']}, threads: {described['threads']}, {described['date']}"
+    write_report(
+        f"train_step_{options.kind}_cpu",
+        f"{title}, {subtitle}",
+        rows,
+        described,
+        {
+            "note": options.note,
+            "shape": asdict(shape),
+            "rounds": options.rounds,
+            "step MiB": MEMORY,
+            "ratios": found,
+            "relative_errors": errors,
+            "seconds": {name: [timing.wall for timing in of_one] for name, of_one in timings.items()},
+        },
+        draw(rows, title, f"{subtitle} · {hardware}"),
+        options.out,
+    )
 
 
 def main(options: Options) -> None:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     if options.memory_of is not None:
-        print_peak_memory(options, options.memory_of)
+        print_peak_memory(options, Run(*options.memory_of))
     elif options.profile:
-        print_profile(options, Console())
+        for dtype in options.dtype:
+            print_profile(replace(options, dtype=(dtype,)), dtype)
     else:
-        compare(options, Console())
+        compare(options)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,246 @@
+"""Whether training in bfloat16 ends where training in float32 does, on the bundled model.
+
+    python benchmarks/precision.py
+    python benchmarks/precision.py --tokens 160K --out benchmarks/out
+
+`mxd train` learns layer 3 of the bundled model on the standard library's text, in float32 and in bfloat16, everything
+else by default, and `mxd evaluate` measures the layers on held-out text. Both runs train the same students from the
+same seeds on the same batches. Seeds differ in their initialisation alone; how far they lie apart in float32 says what
+a difference between the precisions means.
+
+The final loss is the mean over the last tenth of the lines of `metrics.jsonl`, each itself a mean over the 20 steps
+since the line before.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any, Literal, NamedTuple, cast
+
+import torch
+import tyro
+from matplotlib.figure import Figure
+from rich.console import Console
+from transformers.utils.logging import disable_progress_bar
+
+from harness import RESULTS, machine, print_table, write_report
+from mxd.bundled import MODEL_NAME
+from mxd.cli.numbers import COUNTS
+from mxd.evaluation.drawing import GRID, INK, MUTED, figure
+from mxd.runs.metrics_log import read_metrics
+from mxd.runs.run import read_configuration
+from mxd.training.config import TrainConfig
+from mxd.training.decompose import make_plan
+
+Precision = Literal["float32", "bfloat16"]
+PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16")
+LAST = 0.1
+"""Share of the log's lines that the final loss is the mean of."""
+WITHIN = 0.01
+"""Largest relative difference of the final loss that the claim allows."""
+COLOURS = {"float32": "#8a94a3", "bfloat16": "#0072b2"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Options:
+    """Train in both precisions and compare where they end."""
+
+    tokens: int = 2_000_000
+    """Tokens to train on."""
+    layer: int = 3
+    """Block of the bundled model."""
+    kind: str = "mxd"
+    """Kind of layer."""
+    k: int = 32
+    """Latents active for each token."""
+    seeds: int = 2
+    """Seeds of each precision; at least two, so that they can be compared."""
+    eval_tokens: int | None = None
+    """Held-out tokens to evaluate on, at most; as of mxd evaluate if not given."""
+    threads: int | None = None
+    """As of mxd train."""
+    out: Path = RESULTS
+    """Folder of the report."""
+    note: str = ""
+    """What a reader of the results should know, such as what else the machine was doing."""
+
+    def __post_init__(self) -> None:
+        if self.seeds < 2:
+            raise ValueError(f"seeds must be at least 2, to say how far seeds lie apart; got {self.seeds}.")
+
+
+class Trained(NamedTuple):
+    """One student of one run."""
+
+    precision: Precision
+    seed: int
+    losses: dict[int, float]
+    """Loss by the number of tokens."""
+    evaluated: Mapping[str, Any]
+    """Its row of `mxd evaluate --json`."""
+
+    @property
+    def final_loss(self) -> float:
+        losses = list(self.losses.values())
+        return fmean(losses[-max(1, round(LAST * len(losses))) :])
+
+
+class Finished(NamedTuple):
+    """One run."""
+
+    students: list[Trained]
+    train_seconds: float
+
+
+def mxd(*arguments: str) -> str:
+    done = subprocess.run([sys.executable, "-m", "mxd", *arguments], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"mxd {arguments[0]} must end well; it ended with {done.returncode}:\n{done.stderr}")
+    return done.stdout
+
+
+def run(options: Options, precision: Precision, out: Path) -> Finished:
+    asked = {"model": MODEL_NAME, "text": "stdlib", "layer": options.layer, "kind": options.kind, "k": options.k}
+    asked |= {"tokens": options.tokens, "seeds": options.seeds, "precision": precision, "device": "cpu", "out": out}
+    asked |= {} if options.threads is None else {"threads": options.threads}
+    started = time.perf_counter()
+    mxd("train", *(part for name, value in asked.items() for part in (f"--{name}", str(value))))
+    seconds = time.perf_counter() - started
+    tokens = [] if options.eval_tokens is None else ["--tokens", str(options.eval_tokens)]
+    rows = {row["id"]: row for row in json.loads(mxd("evaluate", str(out), "--json", *tokens))}
+    lines = cast(list[dict[str, Any]], read_metrics(out / "metrics.jsonl"))
+    described = cast(list[dict[str, Any]], read_configuration(out)["students"])
+    students = [
+        Trained(
+            precision,
+            student["seed"],
+            {line["tokens"]: line["students"][f"{student['layer']}/{student['id']}"]["loss"] for line in lines},
+            rows[student["id"]],
+        )
+        for student in described
+    ]
+    return Finished(students, seconds)
+
+
+def automatic_precision(options: Options) -> str:
+    """Return what `--precision auto` chooses on this machine."""
+    config = TrainConfig(
+        model=MODEL_NAME, text=("stdlib",), layer=(options.layer,), tokens=options.tokens, device="cpu"
+    )
+    return make_plan(config).resources.precision
+
+
+def relative(one: float, base: float) -> float:
+    return one / base - 1
+
+
+def table(students: Sequence[Trained]) -> list[dict[str, object]]:
+    base = {student.seed: student for student in students if student.precision == "float32"}
+    return [
+        {
+            "precision": student.precision,
+            "seed": student.seed,
+            "final loss": f"{student.final_loss:.5f}",
+            "beside float32, same seed": f"{relative(student.final_loss, base[student.seed].final_loss):+.3%}",
+            "held-out fvu": f"{student.evaluated['fvu']:.5f}",
+            "fvu beside float32": f"{relative(student.evaluated['fvu'], base[student.seed].evaluated['fvu']):+.3%}",
+            "CE increase, nats": f"{student.evaluated['ce_increase']:.5f}",
+            "loss recovered": f"{student.evaluated['loss_recovered']:.4f}",
+        }
+        for student in students
+    ]
+
+
+def findings(students: Sequence[Trained]) -> dict[str, float]:
+    """Return the largest relative differences, between the precisions and between float32's seeds."""
+    by = {(student.precision, student.seed): student for student in students}
+    seeds = sorted({student.seed for student in students})
+    found: dict[str, float] = {}
+    for name, value in {
+        "final loss": lambda student: student.final_loss,
+        "held-out fvu": lambda student: student.evaluated["fvu"],
+        "CE increase": lambda student: student.evaluated["ce_increase"],
+    }.items():
+        pairs = [(value(by["bfloat16", seed]), value(by["float32", seed])) for seed in seeds]
+        exact = [base for _, base in pairs]
+        found[f"{name}: bfloat16 from float32, same seed"] = max(abs(relative(*pair)) for pair in pairs)
+        found[f"{name}: mean over seeds, bfloat16 from float32"] = relative(*map(fmean, zip(*pairs, strict=True)))
+        found[f"{name}: seeds apart, float32"] = max(exact) / min(exact) - 1
+    return found
+
+
+def draw(students: Sequence[Trained], title: str, subtitle: str) -> Figure:
+    """Draw the losses, and each one's distance from that of float32's first seed."""
+    base = students[0]
+    with figure(9, 3.2, title=title, subtitle=subtitle) as drawing:
+        losses, differences = drawing.subplots(1, 2)
+        for student in students:
+            style = {"color": COLOURS[student.precision], "ls": "-" if student.seed == base.seed else "--", "lw": 1.4}
+            label = f"{student.precision}, seed {student.seed}"
+            losses.plot(list(student.losses), list(student.losses.values()), label=label, **style)
+            away = [100 * relative(loss, base.losses[tokens]) for tokens, loss in student.losses.items()]
+            differences.plot(list(student.losses), away, label=label, **style)
+        for sign in (-1, 1):
+            differences.axhline(sign * 100 * WITHIN, color=INK, lw=0.8, ls=":")
+        losses.set_title("Training loss")
+        losses.set_yscale("log")
+        losses.legend()
+        differences.set_title(f"Its distance from {base.precision}, seed {base.seed}, in per cent (dotted: 1%)")
+        for panel in (losses, differences):
+            panel.set_xlabel("tokens", color=MUTED)
+            panel.xaxis.set_major_formatter(lambda tokens, _: f"{tokens / 1e6:g}M")
+            panel.grid(color=GRID)
+        return drawing
+
+
+def main(options: Options) -> None:
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    described = machine()
+    automatic = automatic_precision(options)
+    with tempfile.TemporaryDirectory(prefix="mxd-precision-") as folder:
+        runs = {precision: run(options, precision, Path(folder) / precision) for precision in PRECISIONS}
+    students = [student for finished in runs.values() for student in finished.students]
+    rows, found = table(students), findings(students)
+    ids = f"{options.kind}, k {options.k}, layer {options.layer} of the bundled model, {options.tokens:,} tokens"
+    print_table(rows, f"float32 and bfloat16: {ids}")
+    print_table(
+        [{"largest relative difference": name, "": f"{value:.3%}"} for name, value in found.items()], "Findings"
+    )
+    worst = found["final loss: bfloat16 from float32, same seed"]
+    claim = f"bfloat16's final loss is within {WITHIN:.0%} of float32's"
+    print(f"{claim}: {'holds' if worst <= WITHIN else 'does not hold'} ({worst:.3%}). auto chooses {automatic} here.")
+    Console().print(described)
+    write_report(
+        "precision_bundled_cpu",
+        f"Where training in float32 and in bfloat16 ends: {ids}",
+        rows,
+        described,
+        {
+            "note": options.note,
+            "auto": automatic,
+            "claim": {"text": claim, "measured": worst, "holds": worst <= WITHIN},
+            "findings": found,
+            "final_loss": {f"{s.precision}, seed {s.seed}": s.final_loss for s in students},
+            "losses": {f"{s.precision}, seed {s.seed}": s.losses for s in students},
+            "evaluated": {f"{s.precision}, seed {s.seed}": dict(s.evaluated) for s in students},
+            "train_seconds, one after the other and so no comparison": {
+                precision: finished.train_seconds for precision, finished in runs.items()
+            },
+        },
+        draw(students, "Training in float32 and in bfloat16", f"{ids} · {described['cpu']}, {described['date']}"),
+        options.out,
+    )
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    disable_progress_bar()
+    main(tyro.cli(Options, registry=COUNTS))
