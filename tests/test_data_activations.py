@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from jaxtyping import Int
 from torch import Tensor
 
-from mxd.data.activations import ActivationBatch, ActivationPosition, ActivationStream
+from mxd.data.activations import ActivationBatch, ActivationPosition, ActivationStream, Blocks, FetchCancelled
 from mxd.data.tokens import LocalTokens
 from mxd.models import MlpPair
 
@@ -23,9 +23,11 @@ class Model:
 
     def __init__(self) -> None:
         self.seen: list[Int[Tensor, "n context"]] = []
+        self.numbers: list[int] = []
 
-    def __call__(self, contexts: Int[Tensor, "n context"]) -> Mapping[int, MlpPair]:
+    def __call__(self, first: int, contexts: Int[Tensor, "n context"]) -> Mapping[int, MlpPair]:
         self.seen.append(contexts)
+        self.numbers += range(first, first + len(contexts))
         pairs = {layer: MlpPair(x[contexts], target[contexts]) for layer, (x, target) in TABLES.items()}
         names = contexts[:, :, None].expand(-1, -1, 3).float()
         return {**pairs, 1: MlpPair(names, pairs[1].target)}
@@ -104,6 +106,11 @@ def test_the_stream_ends_after_the_total_and_wastes_less_than_a_context_a_block(
     assert all(len(batch.is_content) == batch_tokens for batch in batches)
     blocks = stream.state().block + (stream.state().batch > 0)
     read = sum(contexts.numel() for contexts in model.seen)
+    assert model.numbers == list(range(read // context))
+    blocks_of_run = Blocks(
+        batch_tokens=batch_tokens, buffer_tokens=buffer_tokens, total_tokens=total_tokens, context=context
+    )
+    assert len(model.numbers) == blocks_of_run.total_contexts
     assert 0 <= read - stream.num_batches * batch_tokens < blocks * context
     rows = stream.buffer_bytes // (15 * 4)
     assert rows < max(batch_tokens, min(buffer_tokens, total_tokens + batch_tokens)) + context
@@ -123,6 +130,17 @@ def test_a_restored_stream_goes_on_as_if_never_interrupted(before: int, buffer_t
         rest = list(stream)
         assert len(rest) == len(expected) - before
         assert all(map(equal, rest, expected[before:]))
+
+
+def test_a_cancelled_fetch_breaks_off_and_a_restored_stream_goes_on() -> None:
+    expected = list(open_stream(Model()))
+    stream = open_stream(Model())
+    position = stream.state()
+    stream.cancel()
+    with pytest.raises(FetchCancelled):
+        next(stream)
+    stream.restore(position)
+    assert all(map(equal, list(stream), expected))
 
 
 def test_the_order_depends_on_the_seed_and_the_block_only() -> None:

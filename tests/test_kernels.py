@@ -1,5 +1,6 @@
 from collections.abc import Callable
 from typing import cast
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -66,7 +67,7 @@ def test_mix_equals_the_reference(
     indices = torch.randint(n, (tokens, k), generator=torch.Generator().manual_seed(seed))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch_tables, "BLOCK_ELEMENTS", block)
-        patch.setattr(torch_tables, "_has_gathering_dot", lambda *_: gathering)
+        patch.setattr(torch_tables, "_has_gathering_dot", Mock(return_value=gathering))
         actual, expected = mix(values, indices, table), reference.mix(values, indices, table)
         assert_same((actual,), (expected,))
         cotangent = torch.randn(tokens, width, dtype=torch.float64)
@@ -85,7 +86,7 @@ def test_dots_equals_the_reference(
     indices = torch.randint(n, (tokens, k), generator=torch.Generator().manual_seed(seed))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch_tables, "BLOCK_ELEMENTS", block)
-        patch.setattr(torch_tables, "_has_gathering_dot", lambda *_: gathering)
+        patch.setattr(torch_tables, "_has_gathering_dot", Mock(return_value=gathering))
         actual, expected = dots(dense, indices, table), reference.dots(dense, indices, table)
         assert_same((actual,), (expected,))
         cotangent = torch.randn(tokens, k, dtype=torch.float64)

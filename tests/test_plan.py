@@ -1,19 +1,29 @@
 import json
+import os
+import shutil
+import subprocess
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
 
 from mxd.atomic import json_text
 from mxd.cli import demo as demo_command
+from mxd.data.activation_cache import ActivationCache, CacheIdentity
+from mxd.data.activations import ActivationStream
 from mxd.models import MlpPair, load_language_model
+from mxd.runs.run import is_finished
 from mxd.training import decompose as decomposing
+from mxd.training import streams
 from mxd.training.config import TrainConfig
 from mxd.training.decompose import decompose, make_plan
+from mxd.training.plan import Plan
 from mxd.training.train import TrainingFault, TrainingInterrupted
+from tests.tiny_run import TinyRun, assert_refused, command, training
 from tests.train_command import Mxd
 
 
@@ -54,7 +64,7 @@ def test_activations_that_are_not_finite_stop_a_run_before_its_first_step(
         return {layer: MlpPair(x, x) for layer in layers}
 
     plan = make_plan(replace(config, normalize_input=True))
-    monkeypatch.setattr(decomposing, "mlp_pairs", pairs)
+    monkeypatch.setattr(streams, "mlp_pairs", pairs)
     with pytest.raises(TrainingFault, match="one of layer 0 is NaN or infinite before step 1"):
         decompose(plan, tmp_path / "run")
 
@@ -93,3 +103,193 @@ def test_an_interrupted_demo_says_how_to_go_on(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(demo_command, "decompose", stop)
     with pytest.raises(TrainingInterrupted, match="stopped by SIGINT after step 7 of 245; mxd demo starts it afresh"):
         demo_command.demo(tmp_path / "run")
+
+
+STEPS, BATCH = 16, 64
+
+
+@pytest.fixture
+def cached(llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrainConfig:
+    # Four contexts in a pass and eight in a shard, so that a run has several shards, some across two blocks.
+    monkeypatch.setattr(streams, "FORWARD_TOKENS", 64)
+    monkeypatch.setattr(streams, "PASSES_PER_SHARD", 2)
+    return TrainConfig(
+        model=str(llama),
+        text=(str(text),),
+        layer=(0, 1),
+        tokens=STEPS * BATCH,
+        kind=("skip-transcoder",),
+        num_latents=16,
+        k=(4,),
+        lr=1e-2,
+        batch_tokens=BATCH,
+        context=16,
+        buffer_tokens=5 * BATCH,
+        output_bias="mean",
+        normalize_input=True,
+        threads=1,
+        device="cpu",
+        precision="float32",
+        cache=str(tmp_path / "cache"),
+    )
+
+
+def weights_of(config: TrainConfig, run: Path, *, resume: bool = False) -> dict[str, bytes]:
+    decompose(make_plan(config), run, resume=resume)
+    assert is_finished(run)
+    return {str(path.relative_to(run)): path.read_bytes() for path in run.glob("layers/*/*/*.safetensors")}
+
+
+def cache_of(plan: Plan) -> ActivationCache:
+    assert plan.cache is not None
+    return plan.cache
+
+
+def forbid_the_model(patch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> NoReturn:
+        raise AssertionError("the model must not run")
+
+    patch.setattr(streams, "mlp_pairs", refuse)
+
+
+def interrupted(config: TrainConfig, run: Path, step: int) -> None:
+    """Train until the stream breaks off behind this step."""
+    plain = ActivationStream.__next__
+    left = step
+
+    def fail(stream: ActivationStream) -> object:
+        nonlocal left
+        if left == 0:
+            raise ConnectionError("the network is gone")
+        left -= 1
+        return plain(stream)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ActivationStream, "__next__", fail)
+        with pytest.raises(TrainingFault, match=f"after step {step}"):
+            decompose(make_plan(config), run)
+
+
+def test_a_run_ends_with_the_same_weights_without_a_cache_writing_it_and_reading_it(
+    cached: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = weights_of(replace(cached, cache=None), tmp_path / "plain")
+    assert len(expected) == 2
+    assert weights_of(cached, tmp_path / "writing") == expected
+    forbid_the_model(monkeypatch)
+    plan = make_plan(cached)
+    assert plan.resources.prefetch
+    assert streams.announcement(cache_of(plan)).endswith("; the model does not run")
+    assert weights_of(cached, tmp_path / "reading") == expected
+    fewer = replace(cached, layer=(1,), tokens=5 * BATCH, batch_tokens=48, buffer_tokens=100)
+    assert len(weights_of(fewer, tmp_path / "fewer")) == 1
+
+
+def test_a_cache_that_rounds_gives_the_same_weights_to_all_who_use_it(
+    cached: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rounded = replace(cached, cache_dtype="bfloat16")
+    expected = weights_of(rounded, tmp_path / "writing")
+    assert expected != weights_of(replace(cached, cache=str(tmp_path / "other")), tmp_path / "exact")
+    with pytest.raises(ValueError, match="--cache-dtype bfloat16, this run has float32; give another --cache"):
+        make_plan(cached)
+    interrupted(replace(rounded, cache=str(tmp_path / "third")), tmp_path / "run", 9)
+    forbid_the_model(monkeypatch)
+    assert weights_of(rounded, tmp_path / "reading") == expected
+    assert weights_of(rounded, tmp_path / "run", resume=True) == expected, "a cache may move"
+
+
+def test_a_run_is_resumed_where_its_cache_was_removed(cached: TrainConfig, tmp_path: Path) -> None:
+    expected = weights_of(cached, tmp_path / "whole")
+    shutil.rmtree(tmp_path / "cache")
+    interrupted(cached, tmp_path / "run", 13)
+    shutil.rmtree(tmp_path / "cache")
+    assert weights_of(cached, tmp_path / "run", resume=True) == expected
+    assert cache_of(make_plan(cached)).coverage().bytes_missing > 0, "the past is not computed again"
+    assert weights_of(cached, tmp_path / "again") == expected
+
+
+def test_how_activations_were_rounded_is_part_of_a_run(cached: TrainConfig, tmp_path: Path) -> None:
+    interrupted(cached, tmp_path / "run", 2)
+    rounded = replace(cached, cache=str(tmp_path / "other"), cache_dtype="bfloat16")
+    with pytest.raises(ValueError, match=r'config.cache_dtype \("auto" → "bfloat16"\)'):
+        decompose(make_plan(rounded), tmp_path / "run", resume=True)
+    with pytest.raises(ValueError, match="cache-dtype must be auto without --cache; got bfloat16"):
+        replace(cached, cache=None, cache_dtype="bfloat16")
+
+
+@pytest.mark.parametrize(("asked", "kept"), [("bfloat16", "bfloat16"), ("float16", "float32"), ("float32", "float32")])
+def test_auto_keeps_what_the_model_computes_without_loss(cached: TrainConfig, asked: str, kept: str) -> None:
+    plan = make_plan(replace(cached, model_dtype=asked))  # pyright: ignore[reportArgumentType]
+    assert str(plan.activation_dtype) == f"torch.{kept}"
+    assert plan.description()["cache"] == {
+        "dtype": kept,
+        "bytes_there": 0,
+        "bytes_to_write": 8 * 8 * 16 * (2 * 32 * plan.activation_dtype.itemsize + 4),
+    }
+    contexts = plan.tokens.take(4)
+    kept_rows, plain = (streams._pairs(source)(0, contexts)[1] for source in (plan, replace(plan, cache=None)))
+    assert plain.x.dtype == getattr(torch, asked)
+    assert torch.equal(kept_rows.x.to(plain.x.dtype), plain.x)
+    assert torch.equal(kept_rows.target, plain.target.to(plan.activation_dtype))
+
+
+def test_streamed_text_keeps_its_cache_whatever_the_seed(cached: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = make_plan(cached)
+
+    def of_seed(seed: int) -> CacheIdentity:
+        return streams._identity(replace(cached, seed=seed), plan.language_model, plan.text)
+
+    assert of_seed(0).difference(of_seed(1)) == ("--seed", "0", "1")
+    monkeypatch.setattr(plan.text, "is_local", False)
+    assert of_seed(0) == of_seed(1)
+
+
+class Disk:
+    """As much room as a test wants."""
+
+    def __init__(self, free: int) -> None:
+        self.free = free
+
+    def __call__(self, path: Path) -> "Disk":
+        assert path.exists()
+        return self
+
+
+def test_a_disk_without_room_is_refused_before_anything_is_written(
+    cached: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needed = cache_of(make_plan(cached)).coverage().bytes_missing
+    assert needed == 8 * 8 * 16 * (2 * 32 * 4 + 4)
+    monkeypatch.setattr(shutil, "disk_usage", Disk(needed))
+    with pytest.raises(ValueError, match=r"needs 266 kB in .*cache and a little more; 266 kB are free: make room"):
+        make_plan(cached)
+    assert not (tmp_path / "cache").exists()
+    monkeypatch.setattr(shutil, "disk_usage", Disk(int(needed * 1.03)))
+    plan = make_plan(cached)
+    assert streams.announcement(cache_of(plan)) == (f"cache: 266 kB to write in {tmp_path}/cache (274 kB free)")
+    decompose(plan, tmp_path / "run")
+    monkeypatch.setattr(shutil, "disk_usage", Disk(0))
+    assert make_plan(cached).resources.prefetch, "what is complete needs no room"
+    shutil.rmtree(tmp_path / "cache" / "layer-1")
+    monkeypatch.setattr(shutil, "disk_usage", Disk(10**9))
+    assert streams.announcement(cache_of(make_plan(cached))) == (
+        f"cache: 135 kB to read and 131 kB to write in {tmp_path}/cache (1 GB free)"
+    )
+
+
+def test_the_command_announces_what_it_writes_and_refuses_what_is_no_cache(
+    llama: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "mine").touch()
+    tiny = TinyRun(llama, text, tmp_path)
+    refused = command(capsys)(*training(tiny, tmp_path / "refused", cache=tmp_path / "taken"))
+    assert_refused(refused, "train", "taken must be a cache, or an empty or a new folder", "give another --cache")
+    assert not (tmp_path / "refused").exists()
+    words = training(tiny, tmp_path / "run", cache=tmp_path / "cache", tokens=512)
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "80"}
+    ended = subprocess.run([sys.executable, "-m", "mxd", *words], capture_output=True, text=True, env=environment)
+    assert ended.returncode == 0
+    assert f"cache: 4.33 MB to write in {tmp_path}/cache (" in ended.stderr
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["resources"]["prefetch"] is False

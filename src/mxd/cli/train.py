@@ -15,7 +15,8 @@ from rich.table import Table
 from mxd.runs.metrics_log import TensorBoardSink, WandbSink
 from mxd.runs.run import is_finished, is_run, read_configuration, reopen_run
 from mxd.training.config import TrainConfig
-from mxd.training.decompose import KEPT_ON_RESUME, Plan, decompose, make_plan
+from mxd.training.decompose import MAY_DIFFER, Plan, decompose, make_plan
+from mxd.training.streams import announcement
 from mxd.training.train import SinkOpener, TrainingInterrupted
 
 
@@ -53,7 +54,7 @@ def train(
     plan = make_plan(config, stored=read_configuration(out) if resume and is_run(out) else None)
     if resume and is_run(out) and not dry_run:
         # Checked again when training begins; here, so that a refusal is one sentence and nothing else.
-        reopen_run(out, plan.description(), ignore=[f"resources.{name}" for name in KEPT_ON_RESUME])
+        reopen_run(out, plan.description(), ignore=MAY_DIFFER)
     _show(plan, console)
     if dry_run:
         return
@@ -121,3 +122,5 @@ def _show(plan: Plan, console: Console) -> None:
         f"{plan.resources.precision}, {plan.resources.threads} threads; students and shuffle buffer take "
         f"{memory:.2f} GiB beside the model."
     )
+    if plan.cache is not None:
+        console.print(f"{announcement(plan.cache)}.")

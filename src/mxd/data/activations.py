@@ -1,6 +1,7 @@
 """Shuffled batches of an MLP's inputs and outputs, from blocks that can be computed again."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
 from math import ceil
 from typing import NamedTuple, TypedDict
 
@@ -11,6 +12,13 @@ from torch import Tensor
 
 from mxd.data.tokens import TokenPosition, TokenStream, content_positions
 from mxd.models import MlpPair
+
+Pairs = Callable[[int, Int[Tensor, "n context"]], Mapping[int, MlpPair]]
+"""Returns what flows through each layer's MLP on consecutive contexts, the first of which has this number."""
+
+
+class FetchCancelled(Exception):
+    """A batch is not wanted any more."""
 
 
 class ActivationRows(NamedTuple):
@@ -59,22 +67,65 @@ class ActivationPosition(NamedTuple):
         return cls(state["block"], state["batch"], TokenPosition(**state["tokens"]))
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Blocks:
+    """How the contexts of a run fall into blocks: plain arithmetic, so that every context has a number.
+
+    Block b begins at context `b * contexts`, whatever has been read before.
+    """
+
+    batch_tokens: int
+    """Rows of a batch."""
+    buffer_tokens: int
+    """Rows of a block at most; at least one batch is."""
+    total_tokens: int
+    """Tokens to train on; rounded up to whole batches."""
+    context: int
+    """Tokens of a context."""
+
+    @property
+    def num_batches(self) -> int:
+        """Batches from beginning to end."""
+        return ceil(self.total_tokens / self.batch_tokens)
+
+    @property
+    def batches(self) -> int:
+        """Batches of a block; the last block may have fewer."""
+        return min(self.num_batches, max(1, self.buffer_tokens // self.batch_tokens))
+
+    @property
+    def contexts(self) -> int:
+        """Contexts of a block; the last block may have fewer."""
+        return self.contexts_for(self.batches)
+
+    @property
+    def total_contexts(self) -> int:
+        """Contexts from beginning to end."""
+        whole, rest = divmod(self.num_batches, self.batches)
+        return whole * self.contexts + self.contexts_for(rest)
+
+    def contexts_for(self, batches: int) -> int:
+        """Contexts that fill so many batches."""
+        return ceil(batches * self.batch_tokens / self.context)
+
+
 class ActivationStream(Iterator[ActivationBatch]):
     """Batches of activations, shuffled in blocks, and resumable bit for bit without storing any activation.
 
-    A block is a whole number of batches, as many as fit into `buffer_tokens`. Its contexts run through the model, its
-    rows (one a token) are put in an order drawn from `(seed, block)`, and it is handed out batch by batch before the
-    next one is computed. Where the length of a context does not divide the block, the rows left over, fewer than a
-    context, are used by no batch. Memory is one block, allocated at once and filled in place.
+    A block is a whole number of batches, as many as fit into `buffer_tokens`. The activations of its contexts are asked
+    for, its rows (one a token) are put in an order drawn from `(seed, block)`, and it is handed out batch by batch
+    before the next one is computed. Where the length of a context does not divide the block, the rows left over, fewer
+    than a context, are used by no batch. Memory is one block, allocated at once and filled in place.
 
     Args:
-        pairs: Runs the model on contexts and returns each layer's MLP input and output. It must be deterministic.
+        pairs: Gives each layer's MLP input and output on contexts: runs the model, or reads what is stored. It must be
+            deterministic.
         tokens: Where the contexts come from.
         widths: Layer to the widths `(d_in, d_out)` of its MLP.
         batch_tokens: Rows of a batch.
         buffer_tokens: Rows to shuffle together at most; at least one batch is.
         total_tokens: Tokens to train on; rounded up to whole batches, after which the stream ends.
-        forward_contexts: Contexts of one run of the model.
+        forward_contexts: Contexts to ask for at once.
         special_ids: Tokens that are no content.
         seed: Seed of the orders.
         dtype: Type in which activations are kept and handed out.
@@ -86,7 +137,7 @@ class ActivationStream(Iterator[ActivationBatch]):
 
     def __init__(
         self,
-        pairs: Callable[[Int[Tensor, "n context"]], Mapping[int, MlpPair]],
+        pairs: Pairs,
         tokens: TokenStream,
         *,
         widths: Mapping[int, tuple[int, int]],
@@ -111,16 +162,19 @@ class ActivationStream(Iterator[ActivationBatch]):
         self._forward_contexts = forward_contexts
         self._special_ids = special_ids
         self._seed = seed
-        self.num_batches = ceil(total_tokens / batch_tokens)
+        self._blocks = Blocks(
+            batch_tokens=batch_tokens, buffer_tokens=buffer_tokens, total_tokens=total_tokens, context=tokens.context
+        )
+        self.num_batches = self._blocks.num_batches
         """Batches from beginning to end."""
-        self._block_batches = min(self.num_batches, max(1, buffer_tokens // batch_tokens))
-        rows = self._contexts_for(self._block_batches) * tokens.context
+        rows = self._blocks.contexts * tokens.context
         self._rows = {
             layer: ActivationRows(*(torch.empty(rows, width, dtype=dtype, device=device) for width in pair))
             for layer, pair in widths.items()
         }
         self._is_content = torch.empty(rows, dtype=torch.bool, device=device)
         self._order: Int[Tensor, " rows"] | None = None
+        self._cancelled = False
         self._position = ActivationPosition(0, 0, tokens.state())
 
     @property
@@ -138,19 +192,24 @@ class ActivationStream(Iterator[ActivationBatch]):
         Raises:
             ValueError: If no such stream has this position.
         """
-        if not 0 <= position.batch < self._block_batches or position.block < 0:
+        if not 0 <= position.batch < self._blocks.batches or position.block < 0:
             raise ValueError(
-                f"A position must lie within a block of {self._block_batches} batches; got {position}. "
+                f"A position must lie within a block of {self._blocks.batches} batches; got {position}. "
                 "Resume with the batch, buffer and number of tokens that the run began with."
             )
         self._tokens.restore(position.tokens)
         self._position = position
         self._order = None
+        self._cancelled = False
+
+    def cancel(self) -> None:
+        """Make a fetch that goes on in another thread end soon, with `FetchCancelled`; `restore` allows new ones."""
+        self._cancelled = True
 
     def __next__(self) -> ActivationBatch:
-        """Return the next batch, running the model where a block begins."""
+        """Return the next batch, asking for activations where a block begins."""
         block, batch, _ = self._position
-        batches = min(self._block_batches, self.num_batches - block * self._block_batches)
+        batches = min(self._blocks.batches, self.num_batches - block * self._blocks.batches)
         if batch >= batches:
             raise StopIteration
         if self._order is None:
@@ -161,24 +220,23 @@ class ActivationStream(Iterator[ActivationBatch]):
             for layer, rows in self._rows.items()
         }
         is_content = self._is_content.index_select(0, chosen)
-        if batch + 1 < self._block_batches:
+        if batch + 1 < self._blocks.batches:
             self._position = self._position._replace(batch=batch + 1)
         else:
             self._position = ActivationPosition(block + 1, 0, self._tokens.state())
             self._order = None
         return ActivationBatch(layers, is_content)
 
-    def _contexts_for(self, batches: int) -> int:
-        return ceil(batches * self._batch_tokens / self._tokens.context)
-
     @torch.no_grad()
     def _fill(self, block: int, batches: int) -> Int[Tensor, " rows"]:
-        contexts = self._tokens.take(self._contexts_for(batches))
+        contexts = self._tokens.take(self._blocks.contexts_for(batches))
         self._is_content[: contexts.numel()] = content_positions(contexts, self._special_ids).flatten()
         for first in range(0, len(contexts), self._forward_contexts):
+            if self._cancelled:
+                raise FetchCancelled
             chunk = contexts[first : first + self._forward_contexts]
             start = first * self._tokens.context
-            captured = self._pairs(chunk)
+            captured = self._pairs(block * self._blocks.contexts + first, chunk)
             for layer, rows in self._rows.items():
                 for kept, new in zip(rows, captured[layer], strict=True):
                     kept[start : start + chunk.numel()] = new.flatten(0, 1)

@@ -8,9 +8,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mxd.kernels import reference, selection
 from mxd.kernels.backends import backend
 from mxd.kernels.products import product_by_rows
+from mxd.kernels.reference import route as reference_route
+from mxd.kernels.selection import largest
 from mxd.kernels.tables import gathers
 
 BLOCK_BYTES = {"cpu": 2**24}
@@ -37,7 +38,7 @@ def route(
         raise ValueError(f"k must lie in [1, {weight.shape[1]}], the number of latents; got {k}.")
     rows = x.reshape(-1, x.shape[-1])
     if backend(x.device) == "reference":
-        values, indices = reference.route(*(_for_product(tensor) for tensor in (rows, weight, bias)), k)
+        values, indices = reference_route(_for_product(rows), _for_product(weight), _for_product(bias), k)
         return values.to(weight.dtype).view(*x.shape[:-1], k), indices.view(*x.shape[:-1], k)
     values, indices = _Route.apply(rows, weight, bias, k)  # pyright: ignore[reportGeneralTypeIssues]
     return values.view(*x.shape[:-1], k), indices.view(*x.shape[:-1], k)
@@ -50,9 +51,9 @@ class _Route(torch.autograd.Function):
         x_cast, weight_cast, bias_cast = (_for_product(tensor) for tensor in (x, weight, bias))
         score_bytes = weight.shape[1] * weight_cast.element_size()
         at_once = max(1, BLOCK_BYTES.get(x.device.type, BLOCK_BYTES_ELSEWHERE) // score_bytes)
-        largest = _selection(x.device)
+        select = _selection(x.device)
         for rows, scores in product_by_rows(x_cast, weight_cast, bias_cast, at_once):
-            kept_values, indices[rows] = largest(scores, k)
+            kept_values, indices[rows] = select(scores, k)
             values[rows] = kept_values.relu_()
         ctx.mark_non_differentiable(indices)
         ctx.save_for_backward(x, weight, values, indices)
@@ -82,10 +83,10 @@ class _Route(torch.autograd.Function):
 def _selection(device: torch.device) -> Callable[[Tensor, int], tuple[Tensor, Tensor]]:
     if backend(device) == "triton":
         # Imported where it is needed: Triton is not everywhere, and takes long.
-        from mxd.kernels import triton_selection
+        from mxd.kernels.triton_selection import largest as largest_by_triton
 
-        return triton_selection.largest
-    return selection.largest
+        return largest_by_triton
+    return largest
 
 
 def _for_product(tensor: Tensor) -> Tensor:

@@ -6,15 +6,18 @@ row?) and then is a `mix` too, so that no scatter with colliding writes is neede
 the order in which threads run.
 """
 
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mxd.kernels import reference, torch_tables
 from mxd.kernels.backends import backend
+from mxd.kernels.reference import dots as reference_dots
+from mxd.kernels.reference import mix as reference_mix
+from mxd.kernels.torch_tables import row_dots, row_sums, weighted_rows
 
 
 def mix(
@@ -29,7 +32,7 @@ def mix(
     """
     k = values.shape[-1]
     if backend(table.device) == "reference":
-        flat = reference.mix(values.reshape(-1, k).to(table.dtype), indices.reshape(-1, k), table)
+        flat = reference_mix(values.reshape(-1, k).to(table.dtype), indices.reshape(-1, k), table)
         return flat.view(*values.shape[:-1], table.shape[1])
     flat = _Mix.apply(values.reshape(-1, k), indices.reshape(-1, k), table)
     assert isinstance(flat, Tensor)
@@ -41,37 +44,31 @@ def dots(
 ) -> Float[Tensor, "tokens k"]:
     """Return each token's dot products with the table rows that it names, differentiable in both."""
     if backend(table.device) == "reference":
-        return reference.dots(dense.to(table.dtype), indices, table)
+        return reference_dots(dense.to(table.dtype), indices, table)
     products = _Dots.apply(dense, indices, table)
     assert isinstance(products, Tensor)
     return products
 
 
-@runtime_checkable
-class Gathers(Protocol):
-    """What a backend offers; `torch_tables` and `triton_tables` are such modules."""
+class Gathers(NamedTuple):
+    """What a backend offers."""
 
-    def weighted_rows(self, values: Tensor, indices: Tensor, table: Tensor) -> Tensor:
-        """`mix` without a gradient."""
-        ...
-
-    def row_dots(self, dense: Tensor, indices: Tensor, table: Tensor) -> Tensor:
-        """`dots` without a gradient."""
-        ...
-
-    def row_sums(self, values: Tensor, indices: Tensor, dense: Tensor, num_rows: int) -> Tensor:
-        """Return for each table row the sum of the tokens' vectors that name it, each times its value."""
-        ...
+    weighted_rows: Callable[[Tensor, Tensor, Tensor], Tensor]
+    """`mix` without a gradient."""
+    row_dots: Callable[[Tensor, Tensor, Tensor], Tensor]
+    """`dots` without a gradient."""
+    row_sums: Callable[[Tensor, Tensor, Tensor, int], Tensor]
+    """Returns for each table row the sum of the tokens' vectors that name it, each times its value."""
 
 
 def gathers(device: torch.device) -> Gathers:
     """Return the gathers of the backend that this device uses."""
     if backend(device) == "triton":
         # Imported where it is needed: Triton is not everywhere, and takes long.
-        from mxd.kernels import triton_tables
+        import mxd.kernels.triton_tables as triton
 
-        return triton_tables
-    return torch_tables
+        return Gathers(triton.weighted_rows, triton.row_dots, triton.row_sums)
+    return Gathers(weighted_rows, row_dots, row_sums)
 
 
 class _Mix(torch.autograd.Function):

@@ -49,6 +49,10 @@ class TrainConfig:
     """Tokens of one context of the model."""
     buffer_tokens: int = 131_072
     """Tokens whose activations are shuffled together; memory is this times the widths of x and target, per layer."""
+    cache: str | None = None
+    """Folder that keeps the activations: computed once, then read by this and later runs; may grow large."""
+    cache_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type in which --cache keeps them; auto loses nothing, bfloat16 takes half of float32's room and rounds."""
     lr: float | Literal["auto"] | dict[str, float] = "auto"
     """Learning rate: auto (by kind and width: docs/training.md), a number, or pairs of kind and number."""
     schedule: Literal["constant", "linear"] = "constant"
@@ -105,6 +109,8 @@ class TrainConfig:
             raise ValueError(
                 f"output-bias must be zeros with init-from, whose layers bring their own; got {self.output_bias}."
             )
+        if self.cache is None and self.cache_dtype != "auto":
+            raise ValueError(f"cache-dtype must be auto without --cache; got {self.cache_dtype}; give --cache DIR.")
         self._check_numbers()
         self._check_learning_rates()
 

@@ -52,7 +52,7 @@ def adamw(parameters: Iterable[nn.Parameter], lr: float, weight_decay: float) ->
             transpose.grad = None if weight.grad is None else weight.grad.t()
 
     def let_go(*_: object) -> None:
-        for _, transpose in transposes:
+        for _weight, transpose in transposes:
             transpose.grad = None
 
     optimizer.register_step_pre_hook(hand_over)

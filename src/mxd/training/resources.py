@@ -14,7 +14,7 @@ WIDTH_FOR_BFLOAT16 = 256
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Resources:
-    """Device, precision and threads of a run."""
+    """Device, precision, threads and prefetching of a run."""
 
     device: str
     """`cpu`, `cuda`, `cuda:1`, `mps` …"""
@@ -22,6 +22,8 @@ class Resources:
     """Type of the students' matrix products, `float32` or `bfloat16`."""
     threads: int
     """Threads of the CPU."""
+    prefetch: bool
+    """Whether a second thread fetches the next batches while students train; it changes no number."""
 
     @property
     def autocast(self) -> torch.dtype | None:
@@ -29,8 +31,16 @@ class Resources:
         return torch.bfloat16 if self.precision == "bfloat16" else None
 
 
-def resolve_resources(config: TrainConfig, widest: int) -> Resources:
-    """Return what the run computes with; `widest` is the largest input width of its layers.
+def resolve_resources(config: TrainConfig, widest: int, *, model_runs: bool = True) -> Resources:
+    """Return what the run computes with.
+
+    Batches are prefetched where the second thread takes nothing from training: on a CUDA device, which it keeps busy,
+    and where activations are only read. A language model on the CPU would compete with the students for the cores.
+
+    Args:
+        config: What was asked for.
+        widest: Largest input width of the layers.
+        model_runs: Whether the language model runs; False where all activations are kept already.
 
     Raises:
         ValueError: If the device is unknown or not there.
@@ -40,7 +50,12 @@ def resolve_resources(config: TrainConfig, widest: int) -> Resources:
     precision = config.precision
     if precision == "auto":
         precision = "bfloat16" if _bfloat16_is_faster(device, widest) else "float32"
-    return Resources(device=device, precision=precision, threads=config.threads or usable or 1)
+    return Resources(
+        device=device,
+        precision=precision,
+        threads=config.threads or usable or 1,
+        prefetch=not model_runs or torch.device(device).type == "cuda",
+    )
 
 
 def _device(asked: str) -> str:

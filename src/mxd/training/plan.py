@@ -1,0 +1,99 @@
+"""Everything that a run needs, checked, with nothing written yet."""
+
+import importlib.metadata
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import cast
+
+import torch
+
+from mxd.atomic import JSON
+from mxd.data.activation_cache import ActivationCache
+from mxd.data.text import TextSource
+from mxd.data.tokens import TokenStream
+from mxd.models import LanguageModel, MlpSite, fingerprint
+from mxd.training.config import TrainConfig
+from mxd.training.grid import StudentPlan
+from mxd.training.optimizer import Schedule
+from mxd.training.resources import Resources
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Everything that a run needs, checked, with nothing written yet."""
+
+    config: TrainConfig
+    """What was asked for."""
+    resources: Resources
+    """What it computes with."""
+    language_model: LanguageModel
+    """The model whose MLPs are decomposed."""
+    sites: Mapping[int, MlpSite]
+    """Those MLPs, by block."""
+    text: TextSource
+    """Where the documents come from."""
+    tokens: TokenStream
+    """Contexts of training text."""
+    students: Sequence[StudentPlan]
+    """What is trained."""
+    cache: ActivationCache | None
+    """Where activations are kept; None where the model runs for every batch."""
+
+    @property
+    def steps(self) -> int:
+        """Number of optimiser steps."""
+        return -(-self.config.tokens // self.config.batch_tokens)
+
+    @property
+    def schedule(self) -> Schedule:
+        """Learning rate over the steps."""
+        warmup = self.config.warmup_tokens
+        if isinstance(warmup, str):
+            warmup = min(self.config.tokens // 25, 5000 * 4096)
+        steps = -(-warmup // self.config.batch_tokens)
+        return Schedule(steps=self.steps, warmup_steps=steps, shape=self.config.schedule)
+
+    @property
+    def activation_dtype(self) -> torch.dtype:
+        """Type of the activations that students see."""
+        return self.cache.dtype if self.cache is not None else parameter_dtype(self.language_model)
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Memory of the shuffle buffer, and of the shard that is being computed for a cache, in bytes."""
+        shard = 0 if self.cache is None or self.cache.coverage().bytes_missing == 0 else self.cache.shard_bytes
+        item = self.activation_dtype.itemsize
+        rows = max(self.config.batch_tokens, min(self.config.buffer_tokens, self.config.tokens))
+        return shard + sum(rows * (site.d_in + site.d_out) * item for site in self.sites.values())
+
+    def description(self) -> dict[str, JSON]:
+        """Return what run.json says: configuration, what was resolved, versions and identities."""
+        versions = {name: importlib.metadata.version(name) for name in ("mxd", "torch", "transformers")}
+        model = self.language_model
+        return {
+            "config": cast(JSON, asdict(self.config)),
+            "resources": cast(JSON, asdict(self.resources)),
+            "model": {
+                "id": model.id,
+                "revision": model.revision,
+                "fingerprint": fingerprint(cast(torch.nn.Module, model.model)),
+            },
+            "text": cast(JSON, self.text.identity._asdict()),
+            "cache": self._cache_description(),
+            "modules": {str(layer): site.path for layer, site in self.sites.items()},
+            "students": [cast(JSON, asdict(plan)) for plan in self.students],
+            "steps": self.steps,
+            "versions": {"python": sys.version.split()[0], **versions},
+        }
+
+    def _cache_description(self) -> JSON:
+        if self.cache is None:
+            return None
+        there, missing = self.cache.coverage()
+        return {"dtype": str(self.cache.dtype).removeprefix("torch."), "bytes_there": there, "bytes_to_write": missing}
+
+
+def parameter_dtype(language_model: LanguageModel) -> torch.dtype:
+    """Type of a language model's weights."""
+    return next(cast(torch.nn.Module, language_model.model).parameters()).dtype
