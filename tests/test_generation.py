@@ -24,17 +24,17 @@ LENGTHS = (7, 4, 6, 1, 5)
 FAMILIES = ("gpt2", "falcon", "gpt_neox", "llama", "opt", "gemma3")
 
 
-def mxd(seed: int = 0, num_latents: int = 24, d: int = D_MODEL) -> SparseLayer:
+def mxd(seed: int = 0, num_latents: int = 24) -> SparseLayer:
     generator = torch.Generator().manual_seed(seed)
-    config = MixtureOfDecodersConfig(d_in=d, d_hidden=2 * d, d_out=d, num_experts=num_latents, k=4)
+    config = MixtureOfDecodersConfig(d_in=D_MODEL, d_hidden=64, d_out=D_MODEL, num_experts=num_latents, k=4)
     layer = MixtureOfDecoders(config, generator)
     # It begins at zero, and then predicts the same for every token.
     nn.init.normal_(layer.W_dec, std=0.5, generator=generator)
     return layer.requires_grad_(False)
 
 
-def transcoder(seed: int = 0, num_latents: int = 24, d: int = D_MODEL) -> SparseLayer:
-    config = TranscoderConfig(d_in=d, d_out=d, num_latents=num_latents, k=4)
+def transcoder(seed: int = 0, num_latents: int = 24) -> SparseLayer:
+    config = TranscoderConfig(d_in=D_MODEL, d_out=D_MODEL, num_latents=num_latents, k=4)
     return Transcoder(config, torch.Generator().manual_seed(seed)).requires_grad_(False)
 
 

@@ -52,7 +52,8 @@ def test_a_continued_run_reads_hub_repositories_at_the_commits_it_began_with(
     monkeypatch.setattr(decomposing, "open_text", opened)
     make_plan(replace(config, revision="main"))
     assert asked == {"model": "main", "text": None}
-    make_plan(replace(config, revision="main"), stored={"model": {"revision": "abc"}, "text": {"revision": "def"}})
+    continued: dict[str, JSON] = {"model": {"revision": "abc"}, "text": {"revision": "def"}, "resources": {}}
+    make_plan(replace(config, revision="main"), stored=continued)
     assert asked == {"model": "abc", "text": "def"}
 
 
@@ -238,7 +239,7 @@ def test_streamed_text_keeps_its_cache_whatever_the_seed(cached: TrainConfig, mo
     plan = make_plan(cached)
 
     def of_seed(seed: int) -> CacheIdentity:
-        return streams._identity(replace(cached, seed=seed), plan.language_model, plan.text)
+        return streams._identity(replace(cached, seed=seed), plan.language_model, plan.text, plan.resources)
 
     assert of_seed(0).difference(of_seed(1)) == ("--seed", "0", "1")
     monkeypatch.setattr(plan.text, "is_local", False)

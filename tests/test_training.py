@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from mxd.checkpoint import load_checkpoint, load_layer
 from mxd.data.activations import ActivationBatch, ActivationStream
+from mxd.kernels.backends import backend
 from mxd.layers import MixtureOfDecodersConfig, SparseLayerOutput
 from mxd.layers.sizing import transcoder_budget
 from mxd.metrics import error_sums
 from mxd.models import mlp_pairs
 from mxd.runs.metrics_log import read_metrics
 from mxd.training import decompose as decomposing
-from mxd.training import resources
 from mxd.training.config import TrainConfig
 from mxd.training.decompose import activation_stream, decompose, make_plan
 from mxd.training.grid import learning_rate
@@ -377,17 +377,17 @@ def test_impossible_settings_are_refused_by_name(config: TrainConfig, field: str
         replace(config, **{field: value})
 
 
-def test_threads_are_those_asked_for_on_every_system(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(resources.os, "sched_getaffinity", raising=False)
-    monkeypatch.setattr(resources.os, "cpu_count", lambda: 7)
-    assert resources.resolve_resources(config, widest=16).threads == 1
-    assert resources.resolve_resources(replace(config, threads=None), widest=16).threads == 7
-
-
 def test_run_json_says_what_was_trained_and_on_what(config: TrainConfig, tmp_path: Path) -> None:
     run = run_of(replace(config, tokens=100), tmp_path / "run")
     stored = json.loads((run / "run.json").read_text())
     assert stored["config"]["model"] == config.model
     assert stored["steps"] == 2
     assert len(stored["students"]) == 8
-    assert stored["resources"] == {"device": "cpu", "precision": "float32", "threads": 1}
+    assert stored["resources"] == {
+        "device": "cpu",
+        "precision": "float32",
+        "model_precision": "float32",
+        "kernels": backend(torch.device("cpu")),
+        "threads": 1,
+        "prefetch": False,
+    }

@@ -110,7 +110,7 @@ def cached_training_tokens(
         ValueError: If an id does not lie in the vocabulary, or the folder cannot be written.
     """
     folder = cache if cache is not None else Path(os.environ.get("MXD_CACHE", "~/.cache/mxd")).expanduser()
-    key = f"{CACHE_FORMAT} {source.identity.digest} {_tokenizer_digest(tokenizer)}"
+    key = f"{CACHE_FORMAT} {source.identity.digest} {tokenizer_digest(tokenizer)}"
     path = folder / f"tokens-{blake2b(key.encode(), digest_size=16).hexdigest()}.npy"
     tokens = _mapped(path)
     if tokens is None:
@@ -155,7 +155,8 @@ def _without_ends(ids: Sequence[int], tokenizer: Tokenizer | None) -> Sequence[i
     return ids[start:end]
 
 
-def _tokenizer_digest(tokenizer: Tokenizer | None) -> str:
+def tokenizer_digest(tokenizer: Tokenizer | None) -> str:
+    """Return a checksum of all that decides which ids a text becomes."""
     if tokenizer is None:
         return "none"
     rules: object = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]

@@ -14,6 +14,8 @@ CUDA takes `torch` too: the Triton kernels are tested in Triton's interpreter an
 
 import os
 import platform
+from collections.abc import Generator
+from contextlib import contextmanager
 from functools import cache
 from typing import Literal, get_args
 
@@ -37,8 +39,23 @@ def set_backend(name: str) -> None:
     if name not in names:
         raise ValueError(f"{VARIABLE} must be one of {', '.join(names)}; got {name!r}.")
     if name == "onednn" and not has_onednn():
-        raise ValueError(f"{VARIABLE}=onednn needs an x86 processor and a PyTorch with oneDNN; use torch here.")
+        raise ValueError("kernels onednn need an x86 processor and a PyTorch with oneDNN; this machine has not both.")
     _chosen = name
+
+
+@contextmanager
+def using_backend(name: Backend) -> Generator[None, None, None]:
+    """Use this backend inside, and afterwards what was used before.
+
+    Raises:
+        ValueError: If it does not work on this machine.
+    """
+    before = _chosen
+    set_backend(name)
+    try:
+        yield
+    finally:
+        set_backend(before)
 
 
 def backend(device: torch.device) -> Backend:

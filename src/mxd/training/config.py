@@ -45,6 +45,8 @@ class TrainConfig:
     """First seed."""
     batch_tokens: int = 4096
     """Tokens of one step."""
+    micro_batch_tokens: int | None = None
+    """Tokens of one forward and backward pass, where a step's do not fit in memory at once; gradients add up."""
     context: int = 128
     """Tokens of one context of the model."""
     buffer_tokens: int = 131_072
@@ -82,7 +84,7 @@ class TrainConfig:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of the matrix products; weights stay float32. auto takes bfloat16 where the processor has it."""
     model_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Type in which the language model runs; auto is the type of its files."""
+    """Type in which the language model runs; auto is that of its files; products of float32 as --precision."""
     module: str | None = None
     """Path of the MLPs in a family that is not listed, as in model.layers.{layer}.mlp."""
     revision: str | None = None
@@ -119,6 +121,7 @@ class TrainConfig:
         counts |= {"batch-tokens": self.batch_tokens, "buffer-tokens": self.buffer_tokens, "aux-k": self.aux_k}
         counts |= {"dead-tokens": self.dead_tokens, "eval-tokens": self.eval_tokens}
         optional = {"num-latents": self.num_latents, "hidden": self.hidden, "threads": self.threads}
+        optional["micro-batch-tokens"] = self.micro_batch_tokens
         counts |= {name: value for name, value in optional.items() if isinstance(value, int)}
         for name, value in counts.items():
             if value < 1:

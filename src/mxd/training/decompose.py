@@ -15,6 +15,7 @@ from mxd.checkpoint import Provenance, load_checkpoint, save_layer
 from mxd.data.prefetch import Prefetch
 from mxd.data.text import open_text
 from mxd.data.tokens import open_tokens
+from mxd.kernels.backends import using_backend
 from mxd.layers import SparseLayer
 from mxd.models import find_mlp, load_language_model
 from mxd.runs.run import create_run, is_finished, is_run, locked, mark_finished, reopen_run
@@ -22,13 +23,13 @@ from mxd.runs.snapshots import SnapshotError
 from mxd.training.config import TrainConfig
 from mxd.training.grid import StudentPlan, plan_students
 from mxd.training.normalization import fold_input_normalization_, require_foldable
-from mxd.training.plan import Plan
-from mxd.training.resources import Resources, resolve_resources
+from mxd.training.plan import Plan, parameter_dtype
+from mxd.training.resources import Resources, resolve_device, resolve_resources, resolve_threads
 from mxd.training.streams import activation_stream, open_cache, start_from_activations
 from mxd.training.student import Student, StudentConfig
 from mxd.training.train import SinkOpener, TrainingFault, train
 
-KEPT_ON_RESUME = ("precision", "threads")
+KEPT_ON_RESUME = ("precision", "model_precision", "kernels", "threads")
 """What a resumed run computes with as it began, whatever this machine would choose now."""
 MAY_DIFFER = (*(f"resources.{name}" for name in KEPT_ON_RESUME), "resources.prefetch", "config.cache", "cache")
 """What run.json says that a run may be resumed with another value of: the activations may have moved, say."""
@@ -46,10 +47,10 @@ def make_plan(config: TrainConfig, stored: Mapping[str, JSON] | None = None) -> 
         FileNotFoundError: If the model or a text file is not there.
     """
     dtype = "auto" if config.model_dtype == "auto" else cast(torch.dtype, getattr(torch, config.model_dtype))
-    resources = resolve_resources(config, widest=0)
-    torch.set_num_threads(resources.threads)
+    device = resolve_device(config.device)
+    torch.set_num_threads(resolve_threads(config.threads))
     model_commit, text_commit = (config.revision, None) if stored is None else _stored_commits(stored)
-    language_model = load_language_model(config.model, revision=model_commit, dtype=dtype, device=resources.device)
+    language_model = load_language_model(config.model, revision=model_commit, dtype=dtype, device=device)
     model = language_model.model
     sites = {layer: find_mlp(cast(torch.nn.Module, model), layer, config.module) for layer in config.layer}
     students = plan_students(config, sites)
@@ -70,12 +71,17 @@ def make_plan(config: TrainConfig, stored: Mapping[str, JSON] | None = None) -> 
         vocab_size=vocabulary_size(model),
         seed=config.seed,
     )
-    cache = open_cache(config, language_model, sites, text, tokens, resources.device)
     widest = max(site.d_in for site in sites.values())
-    model_runs = cache is None or cache.coverage().bytes_missing > 0
+    resources = resolve_resources(config, device, widest, parameter_dtype(language_model))
+    if stored is not None:
+        resources = _stored_resources(resources, stored)
+    cache = open_cache(config, language_model, sites, text, tokens, resources)
+    if cache is not None and cache.coverage().bytes_missing == 0:
+        # Reading takes nothing from training.
+        resources = replace(resources, prefetch=True)
     return Plan(
         config=config,
-        resources=resolve_resources(config, widest, model_runs=model_runs),
+        resources=resources,
         language_model=language_model,
         sites=sites,
         text=text,
@@ -129,6 +135,7 @@ def _train_and_save(plan: Plan, out: Path, snapshot_every: float, sinks: Sequenc
     if plan.config.normalize_input or plan.config.output_bias == "mean":
         start_from_activations(plan, students)
     with ExitStack() as stack:
+        stack.enter_context(using_backend(plan.resources.kernels))
         train(
             students,
             stack.enter_context(Prefetch(stream)) if plan.resources.prefetch else stream,
@@ -198,6 +205,7 @@ def _student(plan: Plan, student: StudentPlan) -> Student:
             aux_coefficient=config.aux_coefficient,
             aux_k=config.aux_k,
             dead_tokens=config.dead_tokens,
+            micro_batch_tokens=config.micro_batch_tokens,
         ),
     )
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from mxd.kernels.backends import Backend, backend
 from mxd.models import require_device
 from mxd.training.config import TrainConfig
 
@@ -14,12 +15,16 @@ WIDTH_FOR_BFLOAT16 = 256
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Resources:
-    """Device, precision, threads and prefetching of a run."""
+    """Device, precision, kernels, threads and prefetching of a run."""
 
     device: str
     """`cpu`, `cuda`, `cuda:1`, `mps` …"""
     precision: str
     """Type of the students' matrix products, `float32` or `bfloat16`."""
+    model_precision: str
+    """Type of the language model's matrix products."""
+    kernels: Backend
+    """What computes the sparse operations and the products (`mxd.kernels.backends`)."""
     threads: int
     """Threads of the CPU."""
     prefetch: bool
@@ -31,34 +36,49 @@ class Resources:
         return torch.bfloat16 if self.precision == "bfloat16" else None
 
 
-def resolve_resources(config: TrainConfig, widest: int, *, model_runs: bool = True) -> Resources:
+def resolve_resources(config: TrainConfig, device: str, widest: int, weights: torch.dtype) -> Resources:
     """Return what the run computes with.
 
-    Batches are prefetched where the second thread takes nothing from training: on a CUDA device, which it keeps busy,
-    and where activations are only read. A language model on the CPU would compete with the students for the cores.
+    A model whose weights are float32 runs its products in bfloat16 where the students do, unless its type was asked
+    for: its residual stream, norms and what is handed to the students stay in float32.
+
+    Batches are prefetched on a CUDA device, which the second thread keeps busy. A language model on the CPU would
+    compete with the students for the cores.
 
     Args:
         config: What was asked for.
+        device: Where to train, as `resolve_device` gave it.
         widest: Largest input width of the layers.
-        model_runs: Whether the language model runs; False where all activations are kept already.
+        weights: Type of the language model's weights.
+    """
+    precision = config.precision
+    if precision == "auto":
+        precision = "bfloat16" if _bfloat16_is_faster(device, widest) else "float32"
+    model_precision = str(weights).removeprefix("torch.")
+    if config.model_dtype == "auto" and weights == torch.float32:
+        model_precision = precision
+    return Resources(
+        device=device,
+        precision=precision,
+        model_precision=model_precision,
+        kernels=backend(torch.device(device)),
+        threads=resolve_threads(config.threads),
+        prefetch=torch.device(device).type == "cuda",
+    )
+
+
+def resolve_threads(asked: int | None) -> int:
+    """Return the number of threads: what was asked for, or as many as there are cores that this process may use."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return asked or usable or 1
+
+
+def resolve_device(asked: str) -> str:
+    """Return the device that was asked for; `auto` takes the first accelerator there is.
 
     Raises:
         ValueError: If the device is unknown or not there.
     """
-    device = _device(config.device)
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    precision = config.precision
-    if precision == "auto":
-        precision = "bfloat16" if _bfloat16_is_faster(device, widest) else "float32"
-    return Resources(
-        device=device,
-        precision=precision,
-        threads=config.threads or usable or 1,
-        prefetch=not model_runs or torch.device(device).type == "cuda",
-    )
-
-
-def _device(asked: str) -> str:
     if asked == "auto":
         return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     require_device(asked)

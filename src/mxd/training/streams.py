@@ -16,18 +16,19 @@ from mxd.atomic import canonical_json
 from mxd.data.activation_cache import PASSES_PER_SHARD, ActivationCache, CacheIdentity, nearest_folder
 from mxd.data.activations import ActivationStream, Blocks, Pairs
 from mxd.data.text import TextSource
-from mxd.data.tokenization import _tokenizer_digest as tokenizer_digest
+from mxd.data.tokenization import tokenizer_digest
 from mxd.data.tokens import TokenStream, special_tokens
 from mxd.metrics import ErrorSums, error_sums
 from mxd.models import LanguageModel, MlpPair, MlpSite, fingerprint, mlp_pairs
 from mxd.training.config import TrainConfig
 from mxd.training.normalization import InputNormalization, fold_input_normalization_, input_normalization
 from mxd.training.plan import Plan, parameter_dtype
+from mxd.training.resources import Resources
 from mxd.training.student import Student
 from mxd.training.train import TrainingFault
 
 FORWARD_TOKENS = 4096
-"""Tokens of one run of the language model."""
+"""Tokens of one run of the language model on a CPU."""
 MARGIN = 0.02
 """Part of what a cache is to write that must be free beside it."""
 
@@ -42,7 +43,7 @@ def activation_stream(plan: Plan) -> ActivationStream:
         batch_tokens=config.batch_tokens,
         buffer_tokens=config.buffer_tokens,
         total_tokens=config.tokens,
-        forward_contexts=forward_contexts(config),
+        forward_contexts=forward_contexts(config, plan.resources.device),
         special_ids=special_tokens(plan.language_model.tokenizer),
         seed=config.seed,
         dtype=plan.activation_dtype,
@@ -50,14 +51,10 @@ def activation_stream(plan: Plan) -> ActivationStream:
     )
 
 
-def forward_contexts(config: TrainConfig) -> int:
-    """Contexts of one run of the language model."""
-    return max(1, FORWARD_TOKENS // config.context)
-
-
-def model_precision(language_model: LanguageModel) -> str:
-    """Type of the language model's matrix products, which a cache of its activations is bound to."""
-    return _name(parameter_dtype(language_model))
+def forward_contexts(config: TrainConfig, device: str) -> int:
+    """Contexts of one run of the language model: a whole shard where starting a kernel takes as long as running it."""
+    passes = PASSES_PER_SHARD if torch.device(device).type == "cuda" else 1
+    return passes * max(1, FORWARD_TOKENS // config.context)
 
 
 def open_cache(
@@ -66,7 +63,7 @@ def open_cache(
     sites: Mapping[int, MlpSite],
     text: TextSource,
     tokens: TokenStream,
-    device: str,
+    resources: Resources,
 ) -> ActivationCache | None:
     """Return the cache that a run asked for, checked against the run and the room on its disk; nothing is written.
 
@@ -81,14 +78,14 @@ def open_cache(
         total_tokens=config.tokens,
         context=config.context,
     )
-    run = _model_pairs(language_model, device, config.module)
+    run = _model_pairs(language_model, resources, config.module)
     cache = ActivationCache(
         Path(config.cache).expanduser(),
-        _identity(config, language_model, text),
+        _identity(config, language_model, text, resources),
         run,
         tokens,
         widths={layer: (site.d_in, site.d_out) for layer, site in sites.items()},
-        forward_contexts=forward_contexts(config),
+        forward_contexts=forward_contexts(config, resources.device),
         num_contexts=blocks.total_contexts,
     )
     _require_room(cache)
@@ -126,7 +123,9 @@ def _bytes(count: int) -> str:
     return f"{size:.3g} {units[0]}"
 
 
-def _identity(config: TrainConfig, language_model: LanguageModel, text: TextSource) -> CacheIdentity:
+def _identity(
+    config: TrainConfig, language_model: LanguageModel, text: TextSource, resources: Resources
+) -> CacheIdentity:
     weights = parameter_dtype(language_model)
     # float32 holds every float16; bfloat16 does not.
     lossless = torch.float32 if weights == torch.float16 else weights
@@ -137,7 +136,7 @@ def _identity(config: TrainConfig, language_model: LanguageModel, text: TextSour
         fingerprint=fingerprint(cast(torch.nn.Module, language_model.model)),
         revision=language_model.revision,
         model_dtype=_name(weights),
-        precision=model_precision(language_model),
+        precision=resources.model_precision,
         module=config.module,
         text=text.name,
         text_digest=of_text.digest or hashlib.sha256(rows.encode()).hexdigest(),
@@ -146,14 +145,14 @@ def _identity(config: TrainConfig, language_model: LanguageModel, text: TextSour
         # Streamed text comes in its own order, whatever the seed.
         order_seed=config.seed if text.is_local else None,
         dtype=_name(lossless) if config.cache_dtype == "auto" else config.cache_dtype,
-        shard_contexts=PASSES_PER_SHARD * forward_contexts(config),
+        shard_contexts=PASSES_PER_SHARD * forward_contexts(config, "cpu"),
     )
 
 
 def _pairs(plan: Plan) -> Pairs:
     if plan.cache is not None:
         return plan.cache.read
-    run, layers = _model_pairs(plan.language_model, plan.resources.device, plan.config.module), list(plan.sites)
+    run, layers = _model_pairs(plan.language_model, plan.resources, plan.config.module), list(plan.sites)
 
     def pairs(first: int, contexts: Int[Tensor, "n context"]) -> dict[int, MlpPair]:
         return run(contexts, layers)
@@ -162,12 +161,14 @@ def _pairs(plan: Plan) -> Pairs:
 
 
 def _model_pairs(
-    language_model: LanguageModel, device: str, module: str | None
+    language_model: LanguageModel, resources: Resources, module: str | None
 ) -> Callable[[Int[Tensor, "n context"], Collection[int]], dict[int, MlpPair]]:
-    model = cast(torch.nn.Module, language_model.model)
+    model, device = cast(torch.nn.Module, language_model.model), torch.device(resources.device)
+    casts = resources.model_precision != _name(parameter_dtype(language_model))
 
     def run(contexts: Int[Tensor, "n context"], layers: Collection[int]) -> dict[int, MlpPair]:
-        return mlp_pairs(model, contexts.to(device), layers, module_path=module)
+        with torch.autocast(device.type, torch.bfloat16, enabled=casts):
+            return mlp_pairs(model, contexts.to(device), layers, module_path=module)
 
     return run
 
@@ -187,7 +188,7 @@ def start_from_activations(plan: Plan, students: Sequence[Student]) -> None:
     pairs_of = _pairs(plan)
     sums: dict[int, list[ErrorSums]] = {}
     first = 0
-    for chunk in plan.tokens.take(max(1, contexts)).split(forward_contexts(plan.config)):
+    for chunk in plan.tokens.take(max(1, contexts)).split(forward_contexts(plan.config, plan.resources.device)):
         for layer, pair in pairs_of(first, chunk).items():
             here = [error_sums(rows, rows) for rows in (tensor.float().flatten(0, 1) for tensor in pair)]
             sums[layer] = [old + new for old, new in zip(sums[layer], here, strict=True)] if layer in sums else here
