@@ -32,6 +32,7 @@ import torch
 import tyro
 from matplotlib.figure import Figure
 from rich.console import Console
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 from transformers.utils.logging import disable_progress_bar
 
@@ -40,13 +41,13 @@ from mxd.bundled import MODEL_NAME, bundled_model_folder
 from mxd.cli.numbers import COUNTS
 from mxd.data.tokens import content_positions, special_tokens
 from mxd.evaluation.drawing import GRID, INK, MUTED, figure
-from mxd.models import mlp_pairs
+from mxd.models import MlpPair, mlp_pairs
 from mxd.runs.metrics_log import read_metrics
 from mxd.runs.run import read_configuration
 from mxd.training.config import TrainConfig
 from mxd.training.decompose import make_plan
 from mxd.training.plan import Plan
-from mxd.training.streams import forward_contexts
+from mxd.training.streams import FORWARD_TOKENS
 from mxd.training.student import Student, StudentConfig
 from mxd.training.train import LOG_EVERY
 
@@ -140,12 +141,15 @@ class Parts:
         self.plan = plan
         self.student = Student(described.id, described.layer, described.build().train(), StudentConfig(lr=described.lr))
         self.steps = 0
-        model, contexts = cast(torch.nn.Module, plan.language_model.model), forward_contexts(plan.config)
+        model = cast(torch.nn.Module, plan.language_model.model)
         self.model = model
+        own = str(next(model.parameters()).dtype).removeprefix("torch.")
+        self.casts = plan.resources.model_precision != own
+        contexts = FORWARD_TOKENS // plan.config.context
         passes = plan.tokens.take(PASSES * contexts).split(contexts)
         self.passes = cycle(passes)
-        pairs = [mlp_pairs(model, ids, [described.layer])[described.layer] for ids in passes]
-        order = torch.randperm(PASSES * contexts * plan.config.context, generator=torch.Generator().manual_seed(0))
+        pairs = [self.pairs(ids) for ids in passes]
+        order = torch.randperm(PASSES * FORWARD_TOKENS, generator=torch.Generator().manual_seed(0))
         x, target = (torch.cat(parts).flatten(0, 1)[order] for parts in zip(*pairs, strict=True))
         is_content = content_positions(torch.cat(passes), special_tokens(plan.language_model.tokenizer)).flatten()
         batches = zip(*(rows.split(BATCH_TOKENS) for rows in (x, target, is_content[order])), strict=True)
@@ -153,8 +157,12 @@ class Parts:
         for _ in range(2 * PASSES):
             self.step()
 
+    def pairs(self, ids: Tensor) -> MlpPair:
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.casts):
+            return mlp_pairs(self.model, ids, [self.student.layer])[self.student.layer]
+
     def model_pass(self) -> None:
-        mlp_pairs(self.model, next(self.passes), [self.student.layer])
+        self.pairs(next(self.passes))
 
     def step(self) -> None:
         x, target, is_content = next(self.batches)
@@ -165,8 +173,7 @@ class Parts:
 
     def seconds(self, rounds: int) -> PartSeconds:
         timings = measure({"model": self.model_pass, "step": self.step}, rounds)
-        tokens = forward_contexts(self.plan.config) * self.plan.config.context
-        return PartSeconds(median_wall(timings["model"]) / tokens, median_wall(timings["step"]) / BATCH_TOKENS)
+        return PartSeconds(median_wall(timings["model"]) / FORWARD_TOKENS, median_wall(timings["step"]) / BATCH_TOKENS)
 
 
 def save_model(folder: Path) -> None:
@@ -221,7 +228,7 @@ def run_command(plan: Plan, out: Path, cache: Path | None) -> Command:
     if done.returncode:
         raise RuntimeError(f"mxd train must end well; it ended with status {done.returncode}:\n{done.stderr}")
     resources = cast(Mapping[str, Any], read_configuration(out)["resources"])
-    for name in ("precision", "threads"):
+    for name in ("precision", "model_precision", "kernels", "threads"):
         mine = getattr(plan.resources, name)
         if resources[name] != mine:
             raise ValueError(
@@ -329,8 +336,9 @@ def main(options: Options) -> None:
     claim = f"from the cache, tokens/s is within {WITHIN:.0%} of the step's own"
     print(f"{claim}: {verdict} ({share:.3f}).")
     Console().print(described)
-    precision, latents = plan.resources.precision, student.network.num_latents
-    subtitle = f"{latents:,} latents, {precision}, {options.whole_tokens:,} tokens"
+    resources, latents = plan.resources, student.network.num_latents
+    types = f"students in {resources.precision}, model in {resources.model_precision}"
+    subtitle = f"{latents:,} latents, {types}, {options.whole_tokens:,} tokens"
     hardware = f"{described['cpu']}, threads: {described['threads']}, {described['date']}"
     write_report(
         "end_to_end_small_cpu" if options.small else "end_to_end_cpu",
@@ -339,7 +347,9 @@ def main(options: Options) -> None:
         described,
         {
             "note": options.note,
-            "precision": precision,
+            "precision": resources.precision,
+            "model_precision": resources.model_precision,
+            "kernels": resources.kernels,
             "tokens": options.whole_tokens,
             "buffer_tokens": BLOCK_TOKENS,
             "rounds": options.rounds,

@@ -6,7 +6,7 @@
 `mxd train` learns layer 3 of the bundled model on the standard library's text, in float32 and in bfloat16, everything
 else by default, and `mxd evaluate` measures the layers on held-out text. Both runs train the same students from the
 same seeds on the same batches. Seeds differ in their initialisation alone; how far they lie apart in float32 says what
-a difference between the precisions means.
+a difference between the precisions means. The model's weights are bfloat16, so its activations are the same in both.
 
 The final loss is the mean over the last tenth of the lines of `metrics.jsonl`, each itself a mean over the 20 steps
 since the line before.
@@ -191,10 +191,13 @@ def draw(students: Sequence[Trained], title: str, subtitle: str) -> Figure:
             differences.axhline(sign * 100 * WITHIN, color=INK, lw=0.8, ls=":")
         losses.set_title("Training loss")
         losses.set_yscale("log")
+        for formatted in (losses.yaxis.set_major_formatter, losses.yaxis.set_minor_formatter):
+            formatted("{x:g}")
         losses.legend()
-        differences.set_title(f"Its distance from {base.precision}, seed {base.seed}, in per cent (dotted: 1%)")
+        differences.set_title(f"Its distance from {base.precision}, seed {base.seed}, in % (dotted: 1)")
         for panel in (losses, differences):
             panel.set_xlabel("tokens", color=MUTED)
+            panel.locator_params(axis="x", nbins=6)
             panel.xaxis.set_major_formatter(lambda tokens, _: f"{tokens / 1e6:g}M")
             panel.grid(color=GRID)
         return drawing

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import pytest
 import torch
 
-from mxd.atomic import json_text
+from mxd.atomic import JSON, json_text
 from mxd.cli import demo as demo_command
 from mxd.data.activation_cache import ActivationCache, CacheIdentity
 from mxd.data.activations import ActivationStream
