@@ -92,15 +92,6 @@ def assert_near(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> Non
 
 
 @needs_onednn
-def test_few_rows_are_left_to_torch(backend: Callable[[str], None]) -> None:
-    backend("auto")
-    weight = torch.randn(8, 12)
-    fewest = products.FEWEST_ROWS
-    assert not products._is_for_onednn(torch.randn(fewest - 1, 8), weight)
-    assert products._is_for_onednn(torch.randn(fewest, 8), weight)
-
-
-@needs_onednn
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("by_column", [False, True])
 @pytest.mark.parametrize("at_once", [1, 64, 99, 1000])

@@ -15,12 +15,6 @@ from torch.autograd.function import once_differentiable
 
 from mxd.kernels.backends import backend
 
-FEWEST_ROWS = 4
-"""Products of fewer rows than these are left to torch: they take as long as reading the weight.
-
-NUMBERS (benchmarks/kernels.py).
-"""
-
 
 def linear(
     x: Float[Tensor, "*batch d_in"], weight: Float[Tensor, "d_in d_out"], bias: Float[Tensor, " d_out"] | None = None
@@ -48,12 +42,7 @@ def product_by_rows(
 
 
 def _is_for_onednn(x: Tensor, weight: Tensor) -> bool:
-    return (
-        backend(x.device) == "onednn"
-        and x.dtype == weight.dtype
-        and x.numel() >= FEWEST_ROWS * x.shape[-1] > 0
-        and weight.numel() > 0
-    )
+    return backend(x.device) == "onednn" and x.dtype == weight.dtype and x.numel() > 0 and weight.numel() > 0
 
 
 class _Linear(torch.autograd.Function):
@@ -68,7 +57,8 @@ class _Linear(torch.autograd.Function):
         ctx: Any, *gradients: Tensor
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
-        gradient = gradients[0]
+        # oneDNN takes an expanded gradient, such as a sum's, and is then slower by orders of magnitude.
+        gradient = gradients[0].contiguous()
         wants_x, wants_weight, wants_bias = ctx.needs_input_grad
         return (
             _times_transpose(gradient, weight, None) if wants_x else None,
