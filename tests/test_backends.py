@@ -106,11 +106,36 @@ def test_a_product_by_rows_is_the_product(dtype: torch.dtype, by_column: bool, a
     torch.testing.assert_close(actual.double(), expected, rtol=tolerance, atol=tolerance)
 
 
+@needs_onednn
+def test_gradients_and_weights_need_not_be_contiguous() -> None:
+    x, wide = torch.randn(40, 8, requires_grad=True), torch.randn(20, 30)
+    weight = wide[2:18:2, 1:25].requires_grad_()
+    assert not products._is_for_onednn(x, weight)
+    for of in (weight, weight.detach().clone().requires_grad_()):
+        # The gradient of a sum has strides of zero.
+        leaves = dense_gradients(linear(x, of).sum(), (x, of))
+        expected = dense_gradients(reference.linear(x, of).sum(), (x, of))
+        for one, other in zip(leaves, expected, strict=True):
+            torch.testing.assert_close(one, other)
+
+
+@needs_onednn
+def test_bfloat16_goes_to_onednn_only_where_the_processor_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight = torch.randn(4, 8).bfloat16(), torch.randn(8, 5).bfloat16()
+    assert products._is_for_onednn(x, weight) == backends.has_onednn_bfloat16()
+    monkeypatch.setattr(products, "has_onednn_bfloat16", lambda: False)
+    assert not products._is_for_onednn(x, weight)
+    ((_, product),) = products.product_by_rows(x, weight, torch.zeros(5).bfloat16(), 4)
+    torch.testing.assert_close(product, x @ weight)
+
+
 @pytest.mark.parametrize("kind", LAYERS)
-@pytest.mark.parametrize("name", ["reference", "torch", "onednn"])
+@pytest.mark.parametrize("name", ["torch", "onednn", "triton"])
 def test_every_backend_takes_the_same_training_step(kind: str, name: str, backend: Callable[[str], None]) -> None:
     if name == "onednn" and not backends.has_onednn():
         pytest.skip("this processor or PyTorch has no oneDNN")
+    if name == "triton":
+        pytest.importorskip("triton", reason="triton is not installed")
     config = LAYER_CONFIGS[kind]
     layer = cast(Callable[..., SparseLayer], LAYERS[kind].layer)(config, torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -118,15 +143,18 @@ def test_every_backend_takes_the_same_training_step(kind: str, name: str, backen
     x, target = normal(40, config.d_in).detach().float(), normal(40, config.d_out, seed=1).detach().float()
     weights = tuple(layer.parameters())
     results: list[tuple[Tensor, ...]] = []
-    for chosen in ("torch", name):
+    for chosen in ("reference", name):
         backend(chosen)
+        assert backends.backend(x.device) == (chosen if chosen != "triton" or backends._is_interpreting() else "onednn")
         loss = distillation_loss(layer(x).prediction, target)
         results.append((loss, *torch.autograd.grad(loss, weights)))
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
-def test_the_environment_chooses_a_backend_and_a_wrong_one_is_refused(backend: Callable[[str], None]) -> None:
+def test_the_environment_chooses_a_backend_and_a_wrong_one_is_refused(
+    backend: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     program = "from mxd.kernels import backends; import torch; print(backends.backend(torch.device('cpu')))"
     for chosen, expected in (("reference", "reference"), ("torch", "torch"), ("auto", None), ("", None)):
         environment = os.environ | {backends.VARIABLE: chosen}

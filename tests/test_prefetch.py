@@ -206,7 +206,13 @@ def test_the_thread_computes_with_one_thread_and_leaves_the_callers_number_alone
     seen: list[int] = []
     try:
         torch.set_num_threads(3)
-        with Prefetch(Numbers(2, lambda number: seen.append(torch.get_num_threads()))) as stream:
+
+        def look(number: int) -> None:
+            # By now the caller has put its own number back.
+            time.sleep(0.1)
+            seen.append(torch.get_num_threads())
+
+        with Prefetch(Numbers(2, look)) as stream:
             list(stream)
         assert torch.get_num_threads() == 3
         later = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))

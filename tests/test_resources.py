@@ -11,6 +11,8 @@ from mxd.kernels import backends
 from mxd.training import resources
 from mxd.training.config import TrainConfig
 from mxd.training.decompose import activation_stream, decompose, make_plan
+from mxd.training.student import Student
+from mxd.training.train import TrainingFault
 
 
 @pytest.fixture
@@ -66,16 +68,29 @@ def test_a_model_that_multiplies_in_bfloat16_gives_nearly_the_same_activations_i
         assert (one - other).square().sum() < 1e-3 * one.square().sum()
 
 
-def test_a_resumed_run_computes_with_what_it_began_with(config: TrainConfig, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    with backends.using_backend("torch"):
-        decompose(make_plan(config), run)
+def test_a_resumed_run_computes_with_what_it_began_with(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, used = tmp_path / "run", list[str]()
+    step = Student.step
+
+    def noted(student: Student, number: int, *rows: Any, **options: Any) -> None:
+        used.append(backends.backend(torch.device("cpu")))
+        if number == 2 and len(used) == 3:
+            raise OSError("out of luck")
+        step(student, number, *rows, **options)
+
+    monkeypatch.setattr(Student, "step", noted)
+    with backends.using_backend("reference"), pytest.raises(TrainingFault):
+        decompose(make_plan(config), run, snapshot_every=0.0)
     stored = json.loads((run / "run.json").read_text())
-    assert stored["resources"]["kernels"] == "torch"
+    assert stored["resources"]["kernels"] == "reference"
     plan = make_plan(config, stored)
-    assert plan.resources.kernels == "torch"
     decompose(plan, run, resume=True)
-    assert backends._chosen == "auto"
+    assert used == ["reference"] * 5
+    assert backends.chosen_backend() == "auto"
+    with backends.using_backend("torch"), pytest.raises(ValueError, match="MXD_KERNELS must be reference or unset"):
+        make_plan(config, stored)
 
 
 def test_kernels_that_this_machine_lacks_are_named(monkeypatch: pytest.MonkeyPatch) -> None:

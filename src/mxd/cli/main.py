@@ -18,8 +18,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     # Our own bar tells how far the work is; a bar for each file loaded would stand in between.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    # Pages of 2 MiB for large tensors: a step's gradients are new memory each time, and in pages of 4 KiB the kernel
-    # takes a fifth of the step to hand it out. PyTorch reads this when it first allocates.
+    # Pages of 2 MiB for large tensors: a step's gradients are new memory each time, and pages of 4 KiB are handed out
+    # one by one. PyTorch reads this when it first allocates.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     from mxd.cli.demo import demo
     from mxd.cli.evaluate import evaluate

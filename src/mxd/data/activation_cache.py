@@ -66,7 +66,7 @@ class CacheIdentity:
     model: str
     """The model's id; shown, not compared, since a folder may have moved."""
     fingerprint: str
-    """Digest of the model's weights."""
+    """Digest of the model's configuration, weights and buffers."""
     revision: str | None
     """The model's commit on the hub."""
     model_dtype: str

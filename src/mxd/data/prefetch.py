@@ -150,11 +150,14 @@ class _Lane:
             logger.warning("A fetch of activations did not end within %.0f seconds; it is left behind.", PATIENCE)
 
     def _run(self, started: threading.Event) -> None:
+        # The first question after a thread's own number gives it the number that was set last anywhere: ask first.
+        torch.get_num_threads()
         torch.set_num_threads(1)
         started.set()
-        batches = iter(self._source)
+        batches: Iterator[ActivationBatch] | None = None
         while self._wait_for_room():
             try:
+                batches = iter(self._source) if batches is None else batches
                 fetched = (next(batches), self._source.state())
             # Everything, the end of the stream too: it is the caller's to deal with.
             except BaseException as error:

@@ -17,7 +17,8 @@ import platform
 from collections.abc import Generator
 from contextlib import contextmanager
 from functools import cache
-from typing import Literal, get_args
+from importlib.util import find_spec
+from typing import Literal, cast, get_args
 
 import torch
 
@@ -39,7 +40,9 @@ def set_backend(name: str) -> None:
     if name not in names:
         raise ValueError(f"{VARIABLE} must be one of {', '.join(names)}; got {name!r}.")
     if name == "onednn" and not has_onednn():
-        raise ValueError("kernels onednn need an x86 processor and a PyTorch with oneDNN; this machine has not both.")
+        raise ValueError("kernels onednn need an x86 processor and a PyTorch with oneDNN; use torch here.")
+    if name == "triton" and find_spec("triton") is None:
+        raise ValueError("kernels triton need the package triton; install it (pip install triton), or use torch.")
     _chosen = name
 
 
@@ -50,7 +53,7 @@ def using_backend(name: Backend) -> Generator[None, None, None]:
     Raises:
         ValueError: If it does not work on this machine.
     """
-    before = _chosen
+    before = chosen_backend()
     set_backend(name)
     try:
         yield
@@ -60,11 +63,23 @@ def using_backend(name: Backend) -> Generator[None, None, None]:
 
 def backend(device: torch.device) -> Backend:
     """Return what kernels on this device use."""
-    if _chosen == "auto" or (_chosen == "onednn" and device.type != "cpu"):
+    chosen = chosen_backend()
+    if chosen == "auto" or (chosen == "onednn" and device.type != "cpu"):
         return automatic_backend(device.type)
-    if _chosen == "triton" and device.type == "cpu" and not _is_interpreting():
+    if chosen == "triton" and device.type == "cpu" and not _is_interpreting():
         return automatic_backend("cpu")
-    return _chosen  # pyright: ignore[reportReturnType] # set_backend checked it
+    return chosen
+
+
+def chosen_backend() -> Backend | Literal["auto"]:
+    """Return what was chosen by name, by the environment if by nobody else.
+
+    Raises:
+        ValueError: If the environment names what there is not, or what does not work on this machine.
+    """
+    if _chosen is None:
+        set_backend(os.environ.get(VARIABLE, "") or "auto")
+    return cast("Backend | Literal['auto']", _chosen)
 
 
 def automatic_backend(device_type: str) -> Backend:
@@ -83,9 +98,15 @@ def has_onednn() -> bool:
     )
 
 
+@cache
+def has_onednn_bfloat16() -> bool:
+    """Whether oneDNN multiplies bfloat16 on this processor."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def _is_interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-_chosen: str = "auto"
-set_backend(os.environ.get(VARIABLE, "") or "auto")
+_chosen: str | None = None
+"""What was chosen by name; None until somebody asks, and then what the environment says."""

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mxd.kernels.backends import backend
+from mxd.kernels.backends import backend, has_onednn_bfloat16
 
 
 def linear(
@@ -32,7 +32,7 @@ def product_by_rows(
 ) -> Iterator[tuple[slice, Float[Tensor, "block d_out"]]]:
     """Yield `x @ weight + bias` in blocks of `at_once` rows, each with the rows that it is of; it knows no gradient."""
     blocks = [slice(start, min(start + at_once, len(x))) for start in range(0, len(x), at_once)]
-    if not (_is_for_onednn(x, weight) and x.dtype in (torch.float32, torch.bfloat16)):
+    if not _is_for_onednn(x, weight):
         yield from ((rows, torch.addmm(bias, x[rows], weight)) for rows in blocks)
         return
     columns = weight.t()
@@ -42,7 +42,15 @@ def product_by_rows(
 
 
 def _is_for_onednn(x: Tensor, weight: Tensor) -> bool:
-    return backend(x.device) == "onednn" and x.dtype == weight.dtype and x.numel() > 0 and weight.numel() > 0
+    return (
+        backend(x.device) == "onednn"
+        and x.dtype == weight.dtype
+        and (x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and has_onednn_bfloat16()))
+        and x.numel() > 0
+        and weight.numel() > 0
+        # It takes other layouts too, and is then slower by orders of magnitude.
+        and (weight.is_contiguous() or weight.t().is_contiguous())
+    )
 
 
 class _Linear(torch.autograd.Function):
@@ -57,7 +65,7 @@ class _Linear(torch.autograd.Function):
         ctx: Any, *gradients: Tensor
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
-        # oneDNN takes an expanded gradient, such as a sum's, and is then slower by orders of magnitude.
+        # A sum's gradient, for one, is expanded.
         gradient = gradients[0].contiguous()
         wants_x, wants_weight, wants_bias = ctx.needs_input_grad
         return (

@@ -138,6 +138,11 @@ class TrainConfig:
         for name, value in {"weight-decay": self.weight_decay, "aux-coefficient": self.aux_coefficient}.items():
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"{name} must be a finite number of at least 0; got {value}.")
+        if self.micro_batch_tokens is not None and self.aux_coefficient:
+            raise ValueError(
+                f"micro-batch-tokens must be left out with aux-coefficient; got {self.micro_batch_tokens}. Its "
+                "loss is a ratio of sums over the whole batch: leave out one of them, or lower --batch-tokens."
+            )
         if self.clip is not None and not 0 < self.clip < math.inf:
             raise ValueError(f"clip must be a finite positive number; got {self.clip}.")
 

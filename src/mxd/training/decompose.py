@@ -15,7 +15,7 @@ from mxd.checkpoint import Provenance, load_checkpoint, save_layer
 from mxd.data.prefetch import Prefetch
 from mxd.data.text import open_text
 from mxd.data.tokens import open_tokens
-from mxd.kernels.backends import using_backend
+from mxd.kernels.backends import VARIABLE, chosen_backend, using_backend
 from mxd.layers import SparseLayer
 from mxd.models import find_mlp, load_language_model
 from mxd.runs.run import create_run, is_finished, is_run, locked, mark_finished, reopen_run
@@ -114,7 +114,13 @@ def decompose(
         stored = reopen_run(out, description, ignore=MAY_DIFFER)
         if is_finished(out):
             return
-        plan = replace(plan, resources=_stored_resources(plan.resources, stored))
+        resources = _stored_resources(plan.resources, stored)
+        if plan.cache is not None and resources.model_precision != plan.resources.model_precision:
+            raise ValueError(
+                f"{out} began with a model that multiplies in {resources.model_precision}, and the plan's cache is of "
+                f"one that does in {plan.resources.model_precision}; make the plan with stored, the run's run.json."
+            )
+        plan = replace(plan, resources=resources)
     else:
         create_run(out, description)
     try:
@@ -177,6 +183,12 @@ def _stored_commits(stored: Mapping[str, JSON]) -> tuple[str | None, str | None]
 
 def _stored_resources(resources: Resources, stored: Mapping[str, JSON]) -> Resources:
     known = cast(Mapping[str, Any], stored["resources"])
+    kernels = known.get("kernels", resources.kernels)
+    if chosen_backend() not in ("auto", kernels):
+        raise ValueError(
+            f"{VARIABLE} must be {kernels} or unset to continue a run that began so; got {chosen_backend()}. "
+            "Unset it, or train anew with another --out."
+        )
     return replace(resources, **{name: known[name] for name in KEPT_ON_RESUME if name in known})
 
 

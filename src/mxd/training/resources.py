@@ -40,7 +40,8 @@ def resolve_resources(config: TrainConfig, device: str, widest: int, weights: to
     """Return what the run computes with.
 
     A model whose weights are float32 runs its products in bfloat16 where the students do, unless its type was asked
-    for: its residual stream, norms and what is handed to the students stay in float32.
+    for. Its residual stream and norms stay in float32; an MLP's output, the product of its last layer, is rounded to
+    bfloat16. `mxd evaluate` runs the model as its files have it.
 
     Batches are prefetched on a CUDA device, which the second thread keeps busy. A language model on the CPU would
     compete with the students for the cores.

@@ -19,7 +19,7 @@ from mxd.data.text import TextSource
 from mxd.data.tokenization import tokenizer_digest
 from mxd.data.tokens import TokenStream, special_tokens
 from mxd.metrics import ErrorSums, error_sums
-from mxd.models import LanguageModel, MlpPair, MlpSite, fingerprint, mlp_pairs
+from mxd.models import LanguageModel, MlpPair, MlpSite, digest, mlp_pairs
 from mxd.training.config import TrainConfig
 from mxd.training.normalization import InputNormalization, fold_input_normalization_, input_normalization
 from mxd.training.plan import Plan, parameter_dtype
@@ -133,7 +133,7 @@ def _identity(
     rows = canonical_json([of_text.names, of_text.revision, of_text.split, config.text_field])
     return CacheIdentity(
         model=language_model.id,
-        fingerprint=fingerprint(cast(torch.nn.Module, language_model.model)),
+        fingerprint=digest(cast(torch.nn.Module, language_model.model)),
         revision=language_model.revision,
         model_dtype=_name(weights),
         precision=resources.model_precision,

@@ -44,7 +44,12 @@ class StudentConfig:
     dead_tokens: int = 1_000_000
     """Tokens without firing after which a latent counts as dead."""
     micro_batch_tokens: int | None = None
-    """Tokens of one forward and backward pass, at most; a batch of more adds up the gradients of several."""
+    """Tokens of one forward and backward pass, at most; a batch of more adds up the gradients of several. Not with the
+    auxiliary loss, which is a ratio of sums over the whole batch."""
+
+    def __post_init__(self) -> None:
+        if self.micro_batch_tokens is not None and self.aux_coefficient:
+            raise ValueError("micro_batch_tokens must be None with an auxiliary loss, which is one of the whole batch.")
 
 
 class Student:
@@ -106,7 +111,7 @@ class Student:
             x = target
         if self.normalization is not None:
             x = self.normalization(x)
-        tokens_after, at_once = (step + 1) * len(x), self.config.micro_batch_tokens or max(1, len(x))
+        tokens_after, at_once = (step + 1) * len(x), self.config.micro_batch_tokens or len(x)
         dead = self._dead_latents(step * len(x)) if self.config.aux_coefficient else None
         loss = target.new_zeros(())
         for rows in zip(x.split(at_once), target.split(at_once), is_content.split(at_once), strict=True):
