@@ -6,7 +6,9 @@
 `mxd train` learns layer 3 of the bundled model on the standard library's text, in float32 and in bfloat16, everything
 else by default, and `mxd evaluate` measures the layers on held-out text. Both runs train the same students from the
 same seeds on the same batches. Seeds differ in their initialisation alone; how far they lie apart in float32 says what
-a difference between the precisions means. The model's weights are bfloat16, so its activations are the same in both.
+a difference between the precisions means. The model is a copy of the bundled one with float32 weights, so that
+bfloat16 means what it does for most models: its products too run in bfloat16 while students learn. `mxd evaluate` runs
+it in float32 for both.
 
 The final loss is the mean over the last tenth of the lines of `metrics.jsonl`, each itself a mean over the 20 steps
 since the line before.
@@ -34,6 +36,7 @@ from harness import RESULTS, machine, print_table, write_report
 from mxd.bundled import MODEL_NAME
 from mxd.cli.numbers import COUNTS
 from mxd.evaluation.drawing import GRID, INK, MUTED, figure
+from mxd.models import load_language_model
 from mxd.runs.metrics_log import read_metrics
 from mxd.runs.run import read_configuration
 from mxd.training.config import TrainConfig
@@ -106,8 +109,14 @@ def mxd(*arguments: str) -> str:
     return done.stdout
 
 
-def run(options: Options, precision: Precision, out: Path) -> Finished:
-    asked = {"model": MODEL_NAME, "text": "stdlib", "layer": options.layer, "kind": options.kind, "k": options.k}
+def save_float32_copy(folder: Path) -> None:
+    language_model = load_language_model(MODEL_NAME, dtype=torch.float32)
+    language_model.model.save_pretrained(folder)
+    language_model.tokenizer.save_pretrained(folder)
+
+
+def run(options: Options, precision: Precision, model: Path, out: Path) -> Finished:
+    asked = {"model": model, "text": "stdlib", "layer": options.layer, "kind": options.kind, "k": options.k}
     asked |= {"tokens": options.tokens, "seeds": options.seeds, "precision": precision, "device": "cpu", "out": out}
     asked |= {} if options.threads is None else {"threads": options.threads}
     started = time.perf_counter()
@@ -129,10 +138,10 @@ def run(options: Options, precision: Precision, out: Path) -> Finished:
     return Finished(students, seconds)
 
 
-def automatic_precision(options: Options) -> str:
+def automatic_precision(options: Options, model: Path) -> str:
     """Return what `--precision auto` chooses on this machine."""
     config = TrainConfig(
-        model=MODEL_NAME, text=("stdlib",), layer=(options.layer,), tokens=options.tokens, device="cpu"
+        model=str(model), text=("stdlib",), layer=(options.layer,), tokens=options.tokens, device="cpu"
     )
     return make_plan(config).resources.precision
 
@@ -207,12 +216,14 @@ def main(options: Options) -> None:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     described = machine()
-    automatic = automatic_precision(options)
-    with tempfile.TemporaryDirectory(prefix="mxd-precision-") as folder:
-        runs = {precision: run(options, precision, Path(folder) / precision) for precision in PRECISIONS}
+    with tempfile.TemporaryDirectory(prefix="mxd-precision-") as name:
+        folder = Path(name)
+        save_float32_copy(folder / "model")
+        automatic = automatic_precision(options, folder / "model")
+        runs = {precision: run(options, precision, folder / "model", folder / precision) for precision in PRECISIONS}
     students = [student for finished in runs.values() for student in finished.students]
     rows, found = table(students), findings(students)
-    ids = f"{options.kind}, k {options.k}, layer {options.layer} of the bundled model, {options.tokens:,} tokens"
+    ids = f"{options.kind}, k {options.k}, bundled model in float32, layer {options.layer}, {options.tokens:,} tokens"
     print_table(rows, f"float32 and bfloat16: {ids}")
     print_table(
         [{"largest relative difference": name, "": f"{value:.3%}"} for name, value in found.items()], "Findings"

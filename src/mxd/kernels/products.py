@@ -3,6 +3,8 @@
 PyTorch multiplies float32 matrices on a CPU through MKL, which leaves much of a processor that is not Intel's unused,
 and in every call rearranges the weight for the caches. oneDNN, part of every x86 build of PyTorch and what
 `torch.compile` calls through these same two operators, makes better use of it and takes a weight rearranged once.
+On two threads of an AMD EPYC (benchmarks/kernels.py), a gate product at GPT-2's shape takes torch 2.3 times as long for
+4,096 rows and 2.6 times for one, in float32; in bfloat16, which torch hands to oneDNN itself, 1.1 times and no longer.
 """
 
 from collections.abc import Iterator

@@ -1,7 +1,8 @@
 """The three gathers of `tables` in torch's own operators.
 
-On a CPU, for rows of 768 in float32, 4,096 tokens, k 32 and two threads (benchmarks/kernels.py): `weighted_rows`
-NUMBERS
+For 4,096 tokens, k 32 and 21,490 rows of 768 in float32, on two threads of an AMD EPYC (benchmarks/kernels.py):
+`weighted_rows` takes 7 ms where a dense code times the table takes 645, `row_dots` 21 ms where gathered rows and bmm
+take 86, and `row_sums` 6 ms where adding up contributions takes 41 (and is not deterministic on every device).
 """
 
 import torch
