@@ -24,7 +24,7 @@ from mxd.training.config import TrainConfig
 from mxd.training.grid import StudentPlan, plan_students
 from mxd.training.normalization import fold_input_normalization_, require_foldable
 from mxd.training.plan import Plan, parameter_dtype
-from mxd.training.resources import Resources, resolve_device, resolve_resources, resolve_threads
+from mxd.training.resources import Resources, resolve_device, resolve_resources, resolve_threads, usable_cores
 from mxd.training.streams import activation_stream, open_cache, start_from_activations
 from mxd.training.student import Student, StudentConfig
 from mxd.training.train import SinkOpener, TrainingFault, train
@@ -77,8 +77,7 @@ def make_plan(config: TrainConfig, stored: Mapping[str, JSON] | None = None) -> 
         resources = _stored_resources(resources, stored)
     cache = open_cache(config, language_model, sites, text, tokens, resources)
     if cache is not None and cache.coverage().bytes_missing == 0:
-        # Reading takes nothing from training.
-        resources = replace(resources, prefetch=True)
+        resources = replace(resources, prefetch=resources.prefetch or resources.threads < usable_cores())
     return Plan(
         config=config,
         resources=resources,

@@ -43,8 +43,8 @@ def resolve_resources(config: TrainConfig, device: str, widest: int, weights: to
     for. Its residual stream and norms stay in float32; an MLP's output, the product of its last layer, is rounded to
     bfloat16. `mxd evaluate` runs the model as its files have it.
 
-    Batches are prefetched on a CUDA device, which the second thread keeps busy. A language model on the CPU would
-    compete with the students for the cores.
+    Batches are prefetched on a CUDA device, which the second thread keeps busy, and where the model does not run and a
+    core is left over: a second thread on a core that a student's products use makes all their threads wait for it.
 
     Args:
         config: What was asked for.
@@ -70,8 +70,13 @@ def resolve_resources(config: TrainConfig, device: str, widest: int, weights: to
 
 def resolve_threads(asked: int | None) -> int:
     """Return the number of threads: what was asked for, or as many as there are cores that this process may use."""
+    return asked or usable_cores()
+
+
+def usable_cores() -> int:
+    """Return the number of cores that this process may use."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return asked or usable or 1
+    return usable or 1
 
 
 def resolve_device(asked: str) -> str:
