@@ -4,7 +4,14 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mxd.layers import MixtureOfDecodersConfig, SkipTranscoderConfig, TopKAutoencoderConfig, TranscoderConfig
+from mxd.layers import (
+    LinearTransformMixtureConfig,
+    LowRankMixtureConfig,
+    MixtureOfDecodersConfig,
+    SkipTranscoderConfig,
+    TopKAutoencoderConfig,
+    TranscoderConfig,
+)
 
 sizes = st.integers(1, 7)
 seeds = st.integers(0, 2**31)
@@ -26,4 +33,6 @@ LAYER_CONFIGS = {
     "transcoder": TranscoderConfig(d_in=5, d_out=6, num_latents=997, k=3),
     "skip-transcoder": SkipTranscoderConfig(d_in=5, d_out=6, num_latents=997, k=3),
     "topk-sae": TopKAutoencoderConfig(d_in=5, num_latents=997, k=3),
+    "low-rank": LowRankMixtureConfig(d_in=5, d_hidden=6, d_out=6, num_experts=997, rank=4, k=3),
+    "molt": LinearTransformMixtureConfig(d_in=5, d_out=6, num_latents=997, rank=4, k=3),
 }

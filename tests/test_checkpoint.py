@@ -15,6 +15,8 @@ import mxd
 from mxd.checkpoint import Provenance, load_checkpoint, load_layer, save_layer
 from mxd.layers import (
     LAYERS,
+    LinearTransformMixtureConfig,
+    LowRankMixtureConfig,
     MixtureOfDecodersConfig,
     SkipTranscoderConfig,
     SparseLayer,
@@ -31,6 +33,8 @@ CONFIGS: dict[str, tuple[str, SparseLayerConfig]] = {
     "transcoder": ("transcoder", TranscoderConfig(d_in=6, d_out=5, num_latents=12, k=3)),
     "skip-transcoder": ("skip-transcoder", SkipTranscoderConfig(d_in=6, d_out=5, num_latents=12, k=3)),
     "topk-sae": ("topk-sae", TopKAutoencoderConfig(d_in=6, num_latents=12, k=3, normalize_decoder=False)),
+    "low-rank": ("low-rank", LowRankMixtureConfig(d_in=6, d_hidden=8, d_out=5, num_experts=12, rank=4, k=3)),
+    "molt": ("molt", LinearTransformMixtureConfig(d_in=6, d_out=5, num_latents=12, rank=4, k=3)),
 }
 KNOWN = Provenance(
     model="openai-community/gpt2",

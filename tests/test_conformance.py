@@ -23,6 +23,8 @@ from mxd.conformance import (
 from mxd.layers import (
     LAYERS,
     LinearMap,
+    LinearTransformMixtureConfig,
+    LowRankMixtureConfig,
     MixtureOfDecoders,
     MixtureOfDecodersConfig,
     SkipTranscoderConfig,
@@ -48,6 +50,12 @@ EXAMPLES = {
     "transcoder, one latent active": TranscoderConfig(d_in=3, d_out=8, num_latents=13, k=1, normalize_decoder=False),
     "skip-transcoder": SkipTranscoderConfig(d_in=6, d_out=5, num_latents=20, k=3),
     "topk-sae": TopKAutoencoderConfig(d_in=6, num_latents=20, k=3),
+    "low-rank": LowRankMixtureConfig(d_in=6, d_hidden=9, d_out=5, num_experts=20, rank=3, k=3),
+    "low-rank, GLU encoder": LowRankMixtureConfig(
+        d_in=4, d_hidden=3, d_out=7, num_experts=11, rank=6, k=2, encoder="glu", normalize_experts=False
+    ),
+    "molt": LinearTransformMixtureConfig(d_in=6, d_out=5, num_latents=20, rank=4, k=3),
+    "molt, all transforms active": LinearTransformMixtureConfig(d_in=1, d_out=2, num_latents=3, rank=1, k=3),
 }
 
 
@@ -192,6 +200,11 @@ class MixesTokens(Transcoder):
         return x - x.mean(0) if x.ndim > 1 else x
 
 
+class BranchOfTheInput(Transcoder):
+    def dense_branch(self, x: Tensor) -> Tensor:
+        return x[..., : self.config.d_out]
+
+
 class HidesItsEncoder(MixtureOfDecoders):
     def input_maps(self) -> tuple[LinearMap, ...]:
         return (self.scorer,)
@@ -253,6 +266,7 @@ class Fault:
         Fault(AmongAll, "among the given latents only"),
         Fault(AmongWithoutGradient, "gradients must reach the scorer"),
         Fault(MixesTokens, "no leading dimensions must give the same prediction"),
+        Fault(BranchOfTheInput, "every atom must be the dense branch times a vector"),
         Fault(HidesItsEncoder, "input_maps must name every map of the input"),
         Fault(InFloat32, "a bfloat16 layer must predict in bfloat16"),
         Fault(WrongExperts, "prediction must be Σ_n a_n W_nᵀ z"),

@@ -241,6 +241,9 @@ def test_an_exact_layer_changes_nothing(tiny: TinyRun, tmp_path: Path) -> None:
     assert row.loss_recovered == pytest.approx(1, abs=1e-4)
     assert (row.l0, row.dead_fraction) == (1, 0)
     assert row.specialisation == pytest.approx(0, abs=1e-9)
+    assert row.ngram_agreement == (1,) * 8
+    assert row.jacobian_cosine == pytest.approx(1, abs=1e-6)
+    assert (row.gini, row.top_share, row.always_on, row.always_on_share) == (0, 1, 1, 1)
 
 
 @torch.no_grad()

@@ -12,6 +12,10 @@ from mxd.layers import (
     LAYERS,
     Activation,
     GluEncoder,
+    LinearTransformMixture,
+    LinearTransformMixtureConfig,
+    LowRankMixture,
+    LowRankMixtureConfig,
     MixtureOfDecoders,
     MixtureOfDecodersConfig,
     MlpEncoder,
@@ -33,7 +37,16 @@ GLU = replace(MIXTURE, encoder="glu", activation="silu")
 TRANSCODER = TranscoderConfig(d_in=16, d_out=10, num_latents=200, k=4)
 SKIP = SkipTranscoderConfig(d_in=16, d_out=10, num_latents=200, k=4)
 AUTOENCODER = TopKAutoencoderConfig(d_in=16, num_latents=200, k=4)
-EXAMPLES = {"mxd": MIXTURE, "transcoder": TRANSCODER, "skip-transcoder": SKIP, "topk-sae": AUTOENCODER}
+LOW_RANK = LowRankMixtureConfig(d_in=16, d_hidden=24, d_out=10, num_experts=200, rank=6, k=4)
+MOLT = LinearTransformMixtureConfig(d_in=16, d_out=10, num_latents=200, rank=6, k=4)
+EXAMPLES = {
+    "mxd": MIXTURE,
+    "transcoder": TRANSCODER,
+    "skip-transcoder": SKIP,
+    "topk-sae": AUTOENCODER,
+    "low-rank": LOW_RANK,
+    "molt": MOLT,
+}
 
 
 def build(kind: str, seed: int = 0) -> SparseLayer:
@@ -143,6 +156,13 @@ def equation(kind: str, x: Tensor, p: Mapping[str, Tensor]) -> Tensor:
             return topk(x @ p["W_enc"] + p["b_enc"]) @ p["W_dec"] + p["b_dec"]
         case "skip-transcoder":
             return topk(x @ p["W_enc"] + p["b_enc"]) @ p["W_dec"] + x @ p["W_skip"] + p["b_dec"]
+        case "low-rank":
+            z = functional.gelu(x @ p["encoder.W_enc"] + p["encoder.b_enc"])
+            mixed = (topk(x @ p["W_gate"] + p["b_gate"]) @ p["W_expert"]) * (z @ p["W_down"])
+            return mixed @ p["W_dec"] + p["b_dec"]
+        case "molt":
+            wide = topk(x @ p["W_gate"] + p["b_gate"]).repeat_interleave(torch.tensor(MOLT.ranks), dim=1)
+            return (wide * (x @ p["W_down"])) @ p["W_dec"] + p["b_dec"]
         case _:
             return topk((x - p["b_dec"]) @ p["W_enc"] + p["b_enc"]) @ p["W_dec"] + p["b_dec"]
 
@@ -241,7 +261,7 @@ def test_a_layer_knows_its_kind(kind: str) -> None:
 
 
 def test_an_unknown_kind_is_refused() -> None:
-    with pytest.raises(ValueError, match="kind must be one of mxd, transcoder, skip-transcoder, topk-sae; got 'moe'"):
+    with pytest.raises(ValueError, match=f"kind must be one of {', '.join(LAYERS)}; got 'moe'"):
         require_kind("moe")
 
 
@@ -251,7 +271,7 @@ def test_an_unknown_kind_is_refused() -> None:
         (kind, width.name)
         for kind, config in EXAMPLES.items()
         for width in fields(config)
-        if width.name.startswith(("d_", "num_"))
+        if width.name.startswith(("d_", "num_", "rank"))
     ],
 )
 @pytest.mark.parametrize("size", [0, -3])
@@ -337,6 +357,8 @@ def parameter_names(layer: SparseLayer, tensors: list[Tensor]) -> list[str]:
         (Transcoder(TRANSCODER), ["W_enc"]),
         (SkipTranscoder(SKIP), ["W_enc", "W_skip"]),
         (TopKAutoencoder(AUTOENCODER), []),
+        (LowRankMixture(LOW_RANK), ["W_gate", "encoder.W_enc"]),
+        (LinearTransformMixture(MOLT), []),
     ],
 )
 def test_input_maps(layer: SparseLayer, names: list[str]) -> None:

@@ -13,12 +13,17 @@ from rich.console import Console
 from mxd.atomic import JSON
 from mxd.evaluation.curves import draw_curves, read_curves
 from mxd.evaluation.drawing import compact, describe, split_student
+from mxd.evaluation.expert_use import UseHistogram
 from mxd.evaluation.frontier import draw_frontier, frontier_svg
+from mxd.evaluation.histograms import use_svgs
 from mxd.evaluation.report import ExpertExample, ExpertPage, write_report
 from mxd.evaluation.rows import EvaluationRow
-from mxd.evaluation.tables import COLUMNS, format_table, group_rows, markdown_table
+from mxd.evaluation.tables import COLUMNS, SCRUTINY_COLUMNS, format_table, group_rows, markdown_table
 
 VOID = {"meta", "br", "hr", "img", "link", "input", "path", "use", "rect", "circle"}
+
+
+HISTOGRAM = UseHistogram([0.001, 0.01, 0.1, 1.0], [3, 0, 2], 7)
 
 
 def row(kind: str = "mxd", k: int = 32, layer: int = 8, ce_increase: float = 0.0123, seed: int = 0) -> EvaluationRow:
@@ -52,6 +57,15 @@ def row(kind: str = "mxd", k: int = 32, layer: int = 8, ce_increase: float = 0.0
         dead_fraction=0.125,
         specialisation=0.3 if kind == "mxd" else None,
         specialisation_constant_gain=0.4 if kind == "mxd" else None,
+        ngram_agreement=(0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6),
+        jacobian_cosine=0.9,
+        stable_rank=12.5 if kind == "mxd" else 1.0,
+        numerical_rank=768.0 if kind == "mxd" else 1.0,
+        gini=0.5,
+        top_share=0.75,
+        always_on=2,
+        always_on_share=0.25,
+        fvu_permuted=0.98,
         special_positions="replace",
         nmse_all_positions=None,
         fvu_all_positions=None,
@@ -71,7 +85,9 @@ def frontier(ks: tuple[int, ...], layers: tuple[int, ...] = (8,), shift: float =
 def together() -> EvaluationRow:
     nothing = dict.fromkeys(["layer", "k", "num_latents", "d_hidden", "activation", "init", "seed", "parameters"])
     unmeasured = dict.fromkeys(["flops_per_token", "tokens_trained", "l0", "nmse", "fvu", "dead_fraction"])
-    unmeasured |= dict.fromkeys(["specialisation", "specialisation_constant_gain", "ce_mean"])
+    unmeasured |= dict.fromkeys(["specialisation", "specialisation_constant_gain", "ce_mean", "jacobian_cosine"])
+    unmeasured |= dict.fromkeys(["stable_rank", "numerical_rank", "gini", "top_share", "always_on", "always_on_share"])
+    unmeasured |= dict.fromkeys(["fvu_permuted"])
     return dataclasses.replace(row(), id="together", kind="together", **nothing, **unmeasured)
 
 
@@ -127,7 +143,16 @@ def test_a_row_survives_json() -> None:
     assert read.fvu is None
 
 
-@pytest.mark.parametrize(("change", "message"), [({"k": "32"}, "'k'"), ({"kind": None}, "'kind'")])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"k": "32"}, "'k'"),
+        ({"kind": None}, "'kind'"),
+        ({"ngram_agreement": 0.9}, "'ngram_agreement'"),
+        ({"ngram_agreement": ["0.9"]}, "'ngram_agreement'"),
+        ({"ngram_agreement": None}, "'ngram_agreement'"),
+    ],
+)
 def test_a_row_of_another_shape_is_refused(change: dict[str, JSON], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         EvaluationRow.from_json(row().to_json() | change)
@@ -168,6 +193,17 @@ def test_a_panel_for_the_page_takes_its_colours_from_the_page() -> None:
     assert "var(--kind-mxd, #0072b2)" in panel
     assert "var(--ink, #1f2328)" in panel
     assert Page(panel).tags[0] == "svg"
+
+
+def test_histograms_of_a_layer_and_kind_share_a_panel() -> None:
+    silent = UseHistogram([0.1, 1.0], [0], 5)
+    panels = use_svgs({"8/mxd-k16": HISTOGRAM, "8/mxd-k32": HISTOGRAM, "4/transcoder-k8": silent})
+    assert len(panels) == 2
+    text = Page(panels[0]).text
+    for words in ("Layer 8: MxD, share of latents", "K = 16, 7 dead", "K = 32, 7 dead", "10%"):
+        assert words in text
+    assert "var(--kind-mxd, #0072b2)" in panels[0]
+    assert "K = 8, 5 dead" in Page(panels[1]).text
 
 
 def test_curves_are_thinned_to_means(tmp_path: Path) -> None:
@@ -218,6 +254,15 @@ def test_tables_of_text_hold_the_numbers() -> None:
     assert "**+0.0123**" in markdown[3] + markdown[4]
 
 
+def test_the_second_table_holds_what_lies_behind_the_loss() -> None:
+    worse = dataclasses.replace(row("transcoder"), ngram_agreement=(0.5,) * 8, jacobian_cosine=0.25)
+    markdown = markdown_table([row(), worse, together()], SCRUTINY_COLUMNS).splitlines()
+    assert len({line.count("|") for line in markdown}) == 1
+    assert "| **95.0%** | **80.0%** | **60.0%** | **0.9000** | 0.9800 | 12.5 | 768.0 |" in markdown[2]
+    assert "| 50.0% | 50.0% | 50.0% | 0.2500 |" in markdown[3]
+    assert "| 95.0% | 80.0% | 60.0% | – | – | – |" in markdown[4]
+
+
 def test_the_report_is_whole_and_escapes_what_it_shows(tmp_path: Path) -> None:
     evil = "<script>alert(1)</script>"
     tokens = ["def", " f", "(x)", ":\n", "\treturn", evil, "\x00\r\n"]
@@ -229,6 +274,7 @@ def test_the_report_is_whole_and_escapes_what_it_shows(tmp_path: Path) -> None:
         facts={"Model": "gpt2", evil: evil},
         rows=rows,
         curves=read_curves(records(20)),
+        use={f"8/{kind}-k{k}": HISTOGRAM for kind in ("mxd", "another-kind") for k in (16, 32)},
         experts=[ExpertPage(7, 0.002, 3.0, [example] * 5), ExpertPage(9, 0.0, 0.0, [])],
         experts_of="mxd-k32",
         notes=[evil],
@@ -242,12 +288,12 @@ def test_the_report_is_whole_and_escapes_what_it_shows(tmp_path: Path) -> None:
     # Tokens keep their spaces; a line break is one, and shown as one.
     assert "(x):\n\treturn" + evil + "␀\n" in page.text
     assert page.tags.count("mark") == 5
-    assert page.tags.count("tr") == 1 + len(rows) + 2
+    assert page.tags.count("tr") == 2 * (1 + len(rows) + 2)
     assert "fires on 0.2% of tokens" in page.text
     assert "Two experts of mxd-k32" in page.text
     assert all(address.startswith("#") for address in page.addresses)
-    assert len({name for name in page.ids if not name.startswith(("m", "p", "C"))}) == 4 + 2
-    assert page.tags.count("svg") == 4 + 1
+    assert len({name for name in page.ids if not name.startswith(("m", "p", "C"))}) == 6 + 2
+    assert page.tags.count("svg") == 4 + 1 + 2
 
 
 def test_a_long_context_is_cut_around_its_peak(tmp_path: Path) -> None:
@@ -269,7 +315,8 @@ def test_names_and_counts() -> None:
 
 
 def test_nothing_draws_at_import() -> None:
-    modules = ["collect", "curves", "drawing", "frontier", "report", "rows", "specialisation", "tables"]
+    modules = ["collect", "curves", "drawing", "expert_use", "frontier", "histograms", "report", "rows", "tables"]
+    modules += ["jacobians", "specialisation"]
     imports = "; ".join(f"import mxd.evaluation.{module}" for module in modules)
     check = f"import sys; {imports}; assert not {{'matplotlib', 'transformers', 'datasets'}} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", check], check=True)

@@ -5,15 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mxd.layers import (
-    LAYERS,
-    Encoder,
-    MixtureOfDecodersConfig,
-    SkipTranscoderConfig,
-    SparseLayer,
-    TopKAutoencoderConfig,
-    TranscoderConfig,
-)
+from mxd.layers import LAYERS, Encoder, LayerRequest, SparseLayer, require_kind
 from mxd.layers.sizing import (
     flops_per_token,
     matched_num_latents,
@@ -24,6 +16,7 @@ from mxd.layers.sizing import (
 
 sizes = st.integers(1, 12)
 kinds = st.sampled_from(sorted(LAYERS))
+ranks = st.none() | sizes
 encoders = st.sampled_from(cast(tuple[Encoder, ...], ("mlp", "glu")))
 
 
@@ -52,39 +45,75 @@ def test_the_papers_counts_match_to_a_tenth_of_a_per_cent(d: int, hidden: int, e
     assert abs(num_parameters("mxd", matched, d, d, hidden, encoder) - budget) <= abs(size - budget)
 
 
-def build(kind: str, num_latents: int, d_in: int, d_out: int, d_hidden: int, encoder: Encoder) -> SparseLayer:
-    configs = {
-        "mxd": MixtureOfDecodersConfig(
-            d_in=d_in, d_out=d_out, d_hidden=d_hidden, num_experts=num_latents, k=1, encoder=encoder
-        ),
-        "transcoder": TranscoderConfig(d_in=d_in, d_out=d_out, num_latents=num_latents, k=1),
-        "skip-transcoder": SkipTranscoderConfig(d_in=d_in, d_out=d_out, num_latents=num_latents, k=1),
-        "topk-sae": TopKAutoencoderConfig(d_in=d_in, num_latents=num_latents, k=1),
-    }
-    return cast(Callable[[object], SparseLayer], LAYERS[kind].layer)(configs[kind])
-
-
 @settings(deadline=None, max_examples=80)
-@given(kind=kinds, num_latents=sizes, d_in=sizes, d_out=sizes, d_hidden=sizes, encoder=encoders)
+@given(kind=kinds, num_latents=sizes, d_in=sizes, d_out=sizes, d_hidden=sizes, encoder=encoders, rank=ranks)
 def test_num_parameters_counts_those_of_the_built_layer(
-    kind: str, num_latents: int, d_in: int, d_out: int, d_hidden: int, encoder: Encoder
+    kind: str, num_latents: int, d_in: int, d_out: int, d_hidden: int, encoder: Encoder, rank: int | None
 ) -> None:
-    d_out = d_in if kind == "topk-sae" else d_out
-    layer = build(kind, num_latents, d_in, d_out, d_hidden, encoder)
+    request = LayerRequest(
+        d_in=d_in,
+        d_out=d_out,
+        num_latents=num_latents,
+        d_hidden=d_hidden,
+        activation="relu",
+        encoder=encoder,
+        rank=rank,
+    )
+    config = require_kind(kind).configure(request)
+    layer = cast(Callable[[object], SparseLayer], LAYERS[kind].layer)(config)
     counted = sum(parameter.numel() for parameter in layer.parameters())
-    assert num_parameters(kind, num_latents, d_in, d_out, d_hidden, encoder) == counted
+    assert num_parameters(kind, num_latents, d_in, d_out, d_hidden, encoder, rank) == counted
+    assert (config.num_parameters, config.num_latents, config.k) == (counted, num_latents, 1)
+    assert (config.d_in, config.d_out) == (d_out if kind == "topk-sae" else d_in, d_out)
+
+
+def affine_count(kind: str, d_in: int, d_out: int, d_hidden: int, encoder: Encoder, rank: int) -> tuple[int, int]:
+    """Return the parameters of each further latent, and what a layer has whatever its number of latents."""
+    branches = (2 if encoder == "glu" else 1) * d_hidden * (d_in + 1)
+    return {
+        "mxd": (d_in + 1 + d_out, branches + d_hidden * d_out + d_out),
+        "transcoder": (d_in + 1 + d_out, d_out),
+        "skip-transcoder": (d_in + 1 + d_out, d_in * d_out + d_out),
+        "topk-sae": (d_out + 1 + d_out, d_out),
+        "low-rank": (d_in + 1 + rank, branches + rank * (d_hidden + d_out) + d_out),
+    }[kind]
 
 
 @settings(deadline=None)
-@given(kind=kinds, surplus=st.integers(0, 10**7), d_in=sizes, d_out=sizes, d_hidden=sizes, encoder=encoders)
-def test_matched_counts_come_within_half_a_latent(
-    kind: str, surplus: int, d_in: int, d_out: int, d_hidden: int, encoder: Encoder
+@given(
+    kind=st.sampled_from(sorted(LAYERS.keys() - {"molt"})),
+    surplus=st.integers(0, 10**7),
+    d_in=sizes,
+    d_out=sizes,
+    d_hidden=sizes,
+    encoder=encoders,
+    rank=sizes,
+)
+def test_matched_counts_are_the_rounded_quotient(
+    kind: str, surplus: int, d_in: int, d_out: int, d_hidden: int, encoder: Encoder, rank: int
 ) -> None:
-    budget = num_parameters(kind, 1, d_in, d_out, d_hidden, encoder) + surplus
-    num_latents = matched_num_latents(kind, budget, d_in, d_out, d_hidden, encoder)
+    per_latent, fixed = affine_count(kind, d_in, d_out, d_hidden, encoder, rank)
+    budget = fixed + per_latent + surplus
+    assert num_parameters(kind, 1, d_in, d_out, d_hidden, encoder, rank) == fixed + per_latent
+    num_latents = matched_num_latents(kind, budget, d_in, d_out, d_hidden, encoder, rank)
+    assert num_latents == round((budget - fixed) / per_latent)
+
+
+@settings(deadline=None)
+@given(kind=kinds, surplus=st.integers(0, 10**7), d_in=sizes, d_out=sizes, d_hidden=sizes, rank=ranks)
+def test_no_neighbour_of_a_matched_count_comes_nearer(
+    kind: str, surplus: int, d_in: int, d_out: int, d_hidden: int, rank: int | None
+) -> None:
+    def size(num_latents: int) -> int:
+        return num_parameters(kind, num_latents, d_in, d_out, d_hidden, rank=rank)
+
+    budget = size(1) + surplus
+    num_latents = matched_num_latents(kind, budget, d_in, d_out, d_hidden, rank=rank)
     assert num_latents >= 1
-    size = num_parameters(kind, num_latents, d_in, d_out, d_hidden, encoder)
-    assert abs(size - budget) <= (d_in + d_out + 1) / 2
+    for neighbour in (max(1, num_latents - 1), num_latents + 1):
+        assert abs(size(num_latents) - budget) <= abs(size(neighbour) - budget)
+    steps = [size(num_latents + 1) - size(num_latents), size(num_latents) - size(max(1, num_latents - 1))]
+    assert abs(size(num_latents) - budget) <= max(steps) / 2
 
 
 def test_a_transcoder_matches_itself() -> None:
@@ -99,15 +128,43 @@ def test_flops_of_gpt2() -> None:
 
 
 @settings(deadline=None)
-@given(k=sizes, num_latents=sizes, d_in=sizes, d_out=sizes, d_hidden=sizes)
-def test_flops_are_two_per_weight_that_is_used(k: int, num_latents: int, d_in: int, d_out: int, d_hidden: int) -> None:
+@given(k=sizes, more=sizes, d_in=sizes, d_out=sizes, d_hidden=sizes, rank=sizes)
+def test_flops_are_two_per_weight_that_is_used(
+    k: int, more: int, d_in: int, d_out: int, d_hidden: int, rank: int
+) -> None:
+    num_latents = k + more
     shape = (num_latents, k, d_in, d_out)
     scores, rows = 2 * num_latents * d_in, 2 * k * d_out
-    assert flops_per_token("transcoder", *shape) == flops_per_token("topk-sae", *shape) == scores + rows
+    assert flops_per_token("transcoder", *shape) == scores + rows
+    assert flops_per_token("topk-sae", *shape) == 2 * num_latents * d_out + rows
     assert flops_per_token("skip-transcoder", *shape) == scores + rows + 2 * d_in * d_out
     branch, decoder = 2 * d_in * d_hidden, 2 * d_hidden * d_out
     assert flops_per_token("mxd", *shape, d_hidden) == scores + rows + branch + decoder
     assert flops_per_token("mxd", *shape, d_hidden, "glu") == scores + rows + 2 * branch + decoder
+    decoder = 2 * rank * (k + d_hidden + d_out)
+    assert flops_per_token("low-rank", *shape, d_hidden, "mlp", rank) == scores + branch + decoder
+    assert flops_per_token("low-rank", *shape, d_hidden, "glu", rank) == scores + 2 * branch + decoder
+
+
+def test_flops_of_transforms_are_those_of_k_of_mean_rank() -> None:
+    # 31 transforms of ranks 16, 2 x 8, 4 x 4, 8 x 2 and 16 x 1: 80 in all.
+    assert flops_per_token("molt", 62, 31, 5, 7, rank=16) == 2 * (62 * 5 + 80 * (5 + 7))
+
+
+@pytest.mark.parametrize("kind", ["low-rank", "molt"])
+def test_the_rank_is_a_quarter_of_the_output_where_none_is_asked_for(kind: str) -> None:
+    for d_out, rank in ((12, 3), (15, 3), (2, 1)):
+        assert num_parameters(kind, 40, 9, d_out, 7) == num_parameters(kind, 40, 9, d_out, 7, rank=rank)
+    with pytest.raises(ValueError, match="rank must be at least 1; got 0"):
+        num_parameters(kind, 40, 9, 12, 7, rank=0)
+
+
+@pytest.mark.parametrize("kind", ["mxd", "low-rank"])
+def test_a_mixture_without_an_activation_is_refused(kind: str) -> None:
+    request = LayerRequest(d_in=4, d_out=4, d_hidden=8, site="the MLP at h.3.mlp")
+    with pytest.raises(ValueError, match=r"activation must be given for the MLP at h\.3\.mlp, .*--activation"):
+        require_kind(kind).configure(request)
+    assert require_kind("molt").configure(request).d_in == 4
 
 
 def test_a_budget_for_less_than_one_latent_is_refused() -> None:
@@ -128,7 +185,7 @@ def test_a_size_that_is_not_positive_is_refused(name: str) -> None:
 
 
 def test_an_unknown_kind_is_refused() -> None:
-    sentence = "kind must be one of mxd, transcoder, skip-transcoder, topk-sae; got 'moe'"
+    sentence = f"kind must be one of {', '.join(LAYERS)}; got 'moe'"
     with pytest.raises(ValueError, match=sentence):
         num_parameters("moe", 1, 1, 1)
     with pytest.raises(ValueError, match=sentence):

@@ -5,6 +5,10 @@ from mxd.checkpoint import save_layer as save
 from mxd.hub import from_pretrained, push_to_hub
 from mxd.layers import (
     LAYERS,
+    LinearTransformMixture,
+    LinearTransformMixtureConfig,
+    LowRankMixture,
+    LowRankMixtureConfig,
     MixtureOfDecoders,
     MixtureOfDecodersConfig,
     SkipTranscoder,
@@ -20,6 +24,10 @@ from mxd.models import ablate_mlp, capture_mlp, find_mlp, load_language_model, m
 
 __all__ = [
     "LAYERS",
+    "LinearTransformMixture",
+    "LinearTransformMixtureConfig",
+    "LowRankMixture",
+    "LowRankMixtureConfig",
     "MixtureOfDecoders",
     "MixtureOfDecodersConfig",
     "SkipTranscoder",

@@ -90,6 +90,16 @@ def check_affine(layer: SparseLayer, *, seed: int = 0) -> None:
         _require_close(layer.decode(x, code), expected, f"decode must be base + Σ value · atom for {name}")
 
 
+def check_dense_branch(layer: SparseLayer, *, seed: int = 0) -> None:
+    """Check that every atom is the dense branch, where there is one, times a vector that no input changes."""
+    layer, x, _ = _example(layer, seed)
+    dense = layer.dense_branch(x)
+    if dense is not None:
+        atoms = layer.atoms(x, torch.arange(layer.config.num_latents).expand(len(x), -1))
+        sentence = "every atom must be the dense branch times a vector that no input changes"
+        _require_close(atoms * dense[0], atoms[0] * dense[:, None], sentence)
+
+
 def check_gradients(layer: SparseLayer, *, seed: int = 0) -> None:
     """Check the gradients of the input and of every parameter against a dense restatement of the layer."""
     layer, x, _ = _example(layer, seed)
@@ -285,6 +295,7 @@ CHECKS: tuple[Check, ...] = (
     check_forward,
     check_code,
     check_affine,
+    check_dense_branch,
     check_gradients,
     check_encode_among,
     check_batch_dimensions,

@@ -8,27 +8,14 @@ from pathlib import Path
 from rich.console import Console
 
 from mxd.atomic import json_text
-from mxd.bundled import MODEL_NAME
 from mxd.evaluation.evaluate import evaluate_run, write_evaluation
 from mxd.evaluation.tables import format_table
+from mxd.recipes import find_recipe
 from mxd.runs.run import is_run, read_configuration
-from mxd.training.config import TrainConfig
 from mxd.training.decompose import decompose, make_plan
 from mxd.training.train import TrainingInterrupted
 
-DEMO = TrainConfig(
-    model=MODEL_NAME,
-    text=("stdlib",),
-    layer=(3,),
-    kind=("mxd", "transcoder", "skip-transcoder"),
-    k=(8, 32),
-    expansion=8,
-    tokens=500_000,
-    model_dtype="float32",
-    batch_tokens=2048,
-    schedule="linear",
-    eval_tokens=32_768,
-)
+DEMO = find_recipe("demo").config()
 """The bundled model's middle layer, three kinds at matched parameters, at two Ks."""
 
 

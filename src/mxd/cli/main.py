@@ -24,15 +24,19 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     from mxd.cli.demo import demo
     from mxd.cli.evaluate import evaluate
     from mxd.cli.numbers import COUNTS
-    from mxd.cli.train import train
+    from mxd.cli.train import LIST, recipe_named, show_recipes, train_from
     from mxd.runs.snapshots import SnapshotError
     from mxd.training.train import TrainingFault, TrainingInterrupted
 
     given = list(sys.argv[1:] if arguments is None else arguments)
     name = f"mxd {given[0]}" if given and not given[0].startswith("-") else "mxd"
     try:
+        recipe = recipe_named(given[1:]) if given[:1] == ["train"] else None
+        if recipe == LIST:
+            show_recipes()
+            sys.exit(DONE)
         tyro.extras.subcommand_cli_from_dict(
-            {"train": train, "evaluate": evaluate, "demo": demo},
+            {"train": train_from(recipe), "evaluate": evaluate, "demo": demo},
             prog="mxd",
             description="Decompose the MLP layers of language models into sparse layers that can replace them.",
             args=given or ["--help"],

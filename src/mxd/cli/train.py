@@ -1,10 +1,13 @@
 """`mxd train`: sparse layers for the MLPs of a language model."""
 
+import argparse
+import functools
 import hashlib
 import importlib.util
 import os
 import shlex
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -12,12 +15,30 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from mxd.bundled import MODEL_NAME
+from mxd.recipes import RECIPES, find_recipe
 from mxd.runs.metrics_log import TensorBoardSink, WandbSink
 from mxd.runs.run import is_finished, is_run, read_configuration, reopen_run
 from mxd.training.config import TrainConfig
 from mxd.training.decompose import MAY_DIFFER, Plan, decompose, make_plan
+from mxd.training.estimate import (
+    EFFICIENCY,
+    Workload,
+    duration,
+    gib,
+    memory,
+    operations,
+    plan_workload,
+    require_memory,
+    shape_workload,
+)
+from mxd.training.machine import available_memory
+from mxd.training.shapes import ModelShape
 from mxd.training.streams import announcement
 from mxd.training.train import SinkOpener, TrainingInterrupted
+
+LIST = "list"
+"""What `--recipe` is given to see the recipes."""
 
 
 def train(
@@ -37,7 +58,7 @@ def train(
         config: What to train, on what, and how.
         out: Folder of the run; it must not exist, unless resuming.
         resume: Continue the run in --out; bit for bit what it would have been uninterrupted.
-        dry_run: Check everything and print what would be trained, its memory and its data; write nothing.
+        dry_run: Check everything and print what would be trained, its memory, time and data; write nothing.
         snapshot_every: Seconds between two snapshots.
         tensorboard: Also log to RUN/tensorboard (pip install 'mxd[tensorboard]').
         wandb: Also log to this Weights & Biases project (pip install 'mxd[wandb]').
@@ -51,14 +72,21 @@ def train(
             raise ValueError(f"--{package} needs the package {package}; run pip install 'mxd[{package}]'.")
     # Square brackets in the name of a file are no markup.
     console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
+    if dry_run and (shape := _shape_of_absent_model(config)) is not None:
+        _show_from_shape(config, shape, console)
+        return
     plan = make_plan(config, stored=read_configuration(out) if resume and is_run(out) else None)
     if resume and is_run(out) and not dry_run:
         # Checked again when training begins; here, so that a refusal is one sentence and nothing else.
         reopen_run(out, plan.description(), ignore=MAY_DIFFER)
-    _show(plan, console)
+    workload, was_finished = plan_workload(plan), is_run(out) and is_finished(out)
+    if not (dry_run or was_finished):
+        # Before anything is shown, for the same reason.
+        require_memory(workload)
+    _show(plan, workload, console)
     if dry_run:
+        require_memory(workload)
         return
-    was_finished = is_run(out) and is_finished(out)
     try:
         decompose(plan, out, resume=resume, snapshot_every=snapshot_every, sinks=_sinks(plan, out, tensorboard, wandb))
     except (TrainingInterrupted, KeyboardInterrupt) as error:
@@ -101,26 +129,119 @@ def _resuming(arguments: list[str]) -> list[str]:
     return arguments if "--resume" in arguments else [*arguments, "--resume"]
 
 
-def _show(plan: Plan, console: Console) -> None:
-    table = Table(title=f"{plan.language_model.id} on {plan.text.name}", title_justify="left", box=None, pad_edge=False)
-    for heading in ("layer", "student", "latents", "k", "parameters", "learning rate"):
-        table.add_column(heading, justify="left" if heading == "student" else "right")
-    for student in plan.students:
-        network = student.network
-        cells = [str(student.layer), student.id, f"{network.num_latents:,}", str(network.k), f"{student.parameters:,}"]
-        table.add_row(*cells, f"{student.lr:.2g}")
+def train_from(recipe: str | None) -> Callable[..., None]:
+    """Return `train`, with the values of a recipe as its defaults if there is one.
+
+    Raises:
+        ValueError: If there is no recipe of this name.
+    """
+    return train if recipe is None else functools.partial(train, config=find_recipe(recipe).config())
+
+
+def recipe_named(arguments: Sequence[str]) -> str | None:
+    """Return what stands after `--recipe`, before anything else of the arguments is understood."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--recipe")
+    try:
+        return parser.parse_known_args(arguments)[0].recipe
+    except argparse.ArgumentError:
+        # Nothing stands there; whoever reads all arguments says so.
+        return None
+
+
+def show_recipes() -> None:
+    """Print a table of all recipes."""
+    table = Table(box=None, pad_edge=False)
+    for heading in ("recipe", "model", "layer", "tokens"):
+        table.add_column(heading, no_wrap=True)
+    for name, recipe in RECIPES.items():
+        config = recipe.config()
+        table.add_row(name, config.model, " ".join(map(str, config.layer)), f"{config.tokens:,}")
+    console = Console(markup=False, highlight=False)
     console.print(table)
+    console.print("Every option given beside --recipe replaces the recipe's value; add --help to see them all.")
+
+
+def _shape_of_absent_model(config: TrainConfig) -> ModelShape | None:
+    """Return the shape that a recipe knows of its own model, if that is not on this disk."""
+    if config.recipe is None:
+        return None
+    recipe = find_recipe(config.recipe)
+    if config.model != recipe.config().model or config.model == MODEL_NAME or Path(config.model).expanduser().is_dir():
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    weights = ("model.safetensors", "model.safetensors.index.json")
+    found = (try_to_load_from_cache(config.model, name, revision=config.revision) for name in weights)
+    return None if any(isinstance(path, str) for path in found) else recipe.shape
+
+
+def _show_from_shape(config: TrainConfig, shape: ModelShape, console: Console) -> None:
+    workload = shape_workload(config, shape)
+    _show_students(f"{config.model} on {', '.join(config.text)}", workload, console)
+    steps = -(-config.tokens // config.batch_tokens)
+    console.print(
+        f"{steps:,} steps, {config.tokens:,} tokens. {config.model} is not on this disk: its sizes are those that the "
+        f"recipe {config.recipe} knows, and neither model nor text was read."
+    )
+    _show_estimates(workload, console)
+    require_memory(workload)
+
+
+def _show(plan: Plan, workload: Workload, console: Console) -> None:
+    _show_students(f"{plan.language_model.id} on {plan.text.name}", workload, console)
     if plan.text.is_local and next(plan.text.documents(held_out=True), None) is None:
         console.print(
             f"{plan.text.name} has so few documents that none is held out: mxd evaluate will need other text (--text)."
         )
     epochs = plan.tokens.epochs_for(plan.config.tokens)
     passes = "streamed" if epochs is None else f"{epochs:.2f} epochs of the text"
-    memory = (16 * sum(student.parameters for student in plan.students) + plan.buffer_bytes) / 2**30
-    console.print(
-        f"{plan.steps:,} steps, {plan.config.tokens:,} tokens ({passes}); {plan.resources.device}, "
-        f"{plan.resources.precision}, {plan.resources.threads} threads; students and shuffle buffer take "
-        f"{memory:.2f} GiB beside the model."
-    )
+    console.print(f"{plan.steps:,} steps, {plan.config.tokens:,} tokens ({passes}).")
+    _show_estimates(workload, console)
     if plan.cache is not None:
         console.print(f"{announcement(plan.cache)}.")
+
+
+def _show_students(title: str, workload: Workload, console: Console) -> None:
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for heading in ("layer", "student", "latents", "k", "parameters", "learning rate"):
+        table.add_column(heading, justify="left" if heading == "student" else "right")
+    for student, cost in zip(workload.students, workload.costs, strict=True):
+        network = student.network
+        cells = [str(student.layer), student.id, f"{network.num_latents:,}", str(network.k), f"{cost.parameters:,}"]
+        table.add_row(*cells, f"{student.lr:.2g}")
+    console.print(table)
+
+
+def _show_estimates(workload: Workload, console: Console) -> None:
+    needed, resources = memory(workload), workload.resources
+    parameters = sum(cost.parameters for cost in workload.costs)
+    console.print(
+        f"{parameters:,} parameters in {len(workload.students)} students; {resources.device}, {resources.precision}, "
+        f"{resources.threads} threads."
+    )
+    available = available_memory(resources.device)
+    there = (
+        "how much is available cannot be told here, so nothing is refused"
+        if available is None
+        else f"{gib(available)} are available"
+    )
+    console.print(
+        f"Memory, estimated: {gib(needed.total)} = weights {gib(needed.weights)}, AdamW's moments "
+        f"{gib(needed.moments)}, gradients and activations of a step {gib(needed.step)}, shuffle buffer "
+        f"{gib(needed.buffer)}, model {gib(needed.model)}{' (loaded)' if workload.model_is_loaded else ''} and its "
+        f"pass {gib(needed.model_pass)}; {there}."
+    )
+    flops, taken = operations(workload), duration(workload)
+    console.print(
+        f"Time, estimated: {_span(taken.seconds)} of training; a token takes {flops.model / 1e6:,.4g} MFLOP in the "
+        f"model's pass and {flops.training / 1e6:,.4g} in the students ({flops.forward / 1e6:,.4g} forward), at "
+        f"{EFFICIENCY:g} of the {taken.speed / 1e9:,.3g} GFLOP/s that a matrix product reached just now."
+    )
+
+
+def _span(seconds: float) -> str:
+    """Return a time for people, in two digits: more would promise too much."""
+    units = {"days": 86_400, "hours": 3600, "minutes": 60, "seconds": 1}
+    unit = next((unit for unit, size in units.items() if seconds >= 2 * size), "seconds")
+    return f"{float(f'{seconds / units[unit]:.2g}'):,.10g} {unit}"

@@ -1,14 +1,13 @@
 """The picture of how students learnt."""
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 from mxd.atomic import JSON, write_bytes_atomically
-from mxd.evaluation.drawing import INK, KIND_STYLES, compact, figure, group_name, kind_style, png, split_student, svg
+from mxd.evaluation.drawing import INK, compact, figure, group_name, kind_of, kind_style, png, split_student, svg
 
 if TYPE_CHECKING:
     import matplotlib.axes
@@ -97,7 +96,7 @@ def _draw_panel(
     from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
     layer, _, student = group.rpartition("/")
-    kind = _kind(student)
+    kind = kind_of(student)
     ordered = sorted(members, key=lambda curve: split_student(curve.student)[1] or 0)
     for place, curve in enumerate(ordered):
         # Larger Ks are drawn stronger.
@@ -117,10 +116,6 @@ def _draw_panel(
     axes.grid(axis="y")
     axes.set_title((f"Layer {layer}: " if layer else "") + group_name(student, kind) + ", fvu")
     _label_ends(axes, ordered)
-
-
-def _kind(student: str) -> str:
-    return next((kind for kind in KIND_STYLES if re.match(rf"{kind}(-|$)", student)), student)
 
 
 def _label_ends(axes: "matplotlib.axes.Axes", curves: Sequence[Curve]) -> None:

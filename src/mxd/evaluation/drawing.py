@@ -67,6 +67,11 @@ def kind_style(kind: str) -> KindStyle:
     return KIND_STYLES.get(kind, KindStyle(kind, MUTED, "X"))
 
 
+def kind_of(student: str) -> str:
+    """Return the kind that a student's id names; the whole id where the kind is not ours."""
+    return next((kind for kind in KIND_STYLES if re.match(rf"{kind}(-|$)", student)), student)
+
+
 def split_student(student: str) -> tuple[str, int | None]:
     """Return what a student's id says beside K and the seed, and its K.
 

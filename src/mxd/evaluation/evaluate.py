@@ -14,12 +14,16 @@ from mxd.atomic import JSON, write_json_atomically
 from mxd.bundled import held_out_modules
 from mxd.data.text import open_text
 from mxd.data.tokens import HeldOut, held_out_contexts, special_tokens
+from mxd.evaluation.continuations import ngram_agreements
 from mxd.evaluation.curves import read_curves
+from mxd.evaluation.expert_use import UseHistogram, use_histogram
 from mxd.evaluation.experts import expert_pages
 from mxd.evaluation.faithfulness import (
+    Candidate,
     EvaluationText,
     ModelLoss,
     Reconstruction,
+    Variant,
     ablation,
     model_losses,
     reconstructions,
@@ -28,9 +32,9 @@ from mxd.evaluation.faithfulness import (
 from mxd.evaluation.frontier import draw_frontier
 from mxd.evaluation.report import ExpertPage, write_report
 from mxd.evaluation.rows import TOGETHER, EvaluationRow
+from mxd.evaluation.scrutiny import Scrutiny, scrutinise
 from mxd.evaluation.students import TrainedStudent, load_students, require_one_per_layer
-from mxd.layers import MixtureOfDecoders, TopKAutoencoder
-from mxd.layers.sizing import flops_per_token
+from mxd.layers import TopKAutoencoder
 from mxd.metrics import loss_recovered
 from mxd.models import LanguageModel, fingerprint, load_language_model
 from mxd.runs.metrics_log import read_metrics
@@ -55,6 +59,8 @@ class Evaluation:
     """That student's id."""
     facts: Mapping[str, str]
     """What a reader must know to repeat it."""
+    use: Mapping[str, UseHistogram]
+    """How often each student's latents fire, by `<layer>/<id>`."""
 
 
 def evaluate_run(
@@ -168,9 +174,21 @@ def write_evaluation(run: Path, evaluation: Evaluation, *, title: str, footer: s
         curves=read_curves(read_metrics(metrics) if metrics.is_file() else []),
         experts=evaluation.experts,
         experts_of=evaluation.experts_of,
+        use=evaluation.use,
         notes=[STAYS] if any(row.kind == TopKAutoencoder.kind for row in evaluation.rows) else [],
         footer=footer,
     )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _WholeModel:
+    """What was measured of the model with students in place, by their names."""
+
+    id: str
+    losses: Mapping[str, ModelLoss]
+    agreements: Mapping[str, tuple[float, ...]]
+    text: EvaluationText
+    bytes_per_token: float | None
 
 
 def _evaluate(
@@ -183,28 +201,17 @@ def _evaluate(
 ) -> Evaluation:
     model = cast(nn.Module, language_model.model)
     candidates = [student.candidate for student in students]
-    variants = {
-        candidate.name: replacement(model, {candidate.layer: candidate.network}, text) for candidate in candidates
-    }
     quality = reconstructions(model, candidates, text)
-    for candidate in candidates:
-        sums = quality[candidate.name].everywhere
-        variants[f"mean {candidate.layer}"] = ablation(model, {candidate.layer: sums.target / sums.tokens}, text)
-        variants[f"zero {candidate.layer}"] = ablation(model, {candidate.layer: None}, text)
-    if together:
-        layers = {candidate.layer: candidate.network for candidate in candidates}
-        variants[TOGETHER] = replacement(model, layers, text)
-        variants[f"zero {TOGETHER}"] = ablation(model, dict.fromkeys(layers), text)
-    losses = model_losses(model, variants, text)
-    bytes_per_token = None if held_out.num_bytes is None else held_out.num_bytes / held_out.contexts[:, 1:].numel()
+    whole = _measure_model(language_model, candidates, quality, text, together, held_out.num_bytes)
+    latents = {name: judged.latents for name, judged in quality.items()}
+    scrutiny = scrutinise(model, candidates, latents, text)
     rows = [
-        _row(language_model, student, quality[student.candidate.name], losses, text, bytes_per_token)
-        for student in students
+        _row(whole, student, quality[student.candidate.name], scrutiny[student.candidate.name]) for student in students
     ]
     if together:
-        rows.append(_together_row(language_model, losses, text, bytes_per_token))
+        rows.append(_together_row(whole))
     shown = next(
-        (student for student in students if isinstance(student.candidate.network, MixtureOfDecoders)), students[0]
+        (student for student in students if quality[student.candidate.name].specialisation is not None), students[0]
     )
     experts = expert_pages(
         model,
@@ -227,24 +234,53 @@ def _evaluate(
             "torch.", ""
         ),
     }
-    return Evaluation(rows=rows, experts=experts, experts_of=shown.id, facts=facts)
+    return Evaluation(
+        rows=rows,
+        experts=experts,
+        experts_of=shown.id,
+        facts=facts,
+        use={name: use_histogram(statistics) for name, statistics in latents.items()},
+    )
 
 
-def _row(
+def _measure_model(
     language_model: LanguageModel,
-    student: TrainedStudent,
-    quality: Reconstruction,
-    losses: Mapping[str, ModelLoss],
+    candidates: Sequence[Candidate],
+    quality: Mapping[str, Reconstruction],
     text: EvaluationText,
-    bytes_per_token: float | None,
-) -> EvaluationRow:
+    together: bool,
+    num_bytes: int | None,
+) -> _WholeModel:
+    model = cast(nn.Module, language_model.model)
+    replaced = {
+        candidate.name: replacement(model, {candidate.layer: candidate.network}, text) for candidate in candidates
+    }
+    ablated: dict[str, Variant] = {}
+    for candidate in candidates:
+        sums = quality[candidate.name].everywhere
+        ablated[f"mean {candidate.layer}"] = ablation(model, {candidate.layer: sums.target / sums.tokens}, text)
+        ablated[f"zero {candidate.layer}"] = ablation(model, {candidate.layer: None}, text)
+    if together:
+        layers = {candidate.layer: candidate.network for candidate in candidates}
+        replaced[TOGETHER] = replacement(model, layers, text)
+        ablated[f"zero {TOGETHER}"] = ablation(model, dict.fromkeys(layers), text)
+    return _WholeModel(
+        id=language_model.id,
+        losses=model_losses(model, {**replaced, **ablated}, text),
+        agreements=ngram_agreements(model, replaced, text),
+        text=text,
+        bytes_per_token=None if num_bytes is None else num_bytes / text.contexts[:, 1:].numel(),
+    )
+
+
+def _row(whole: _WholeModel, student: TrainedStudent, quality: Reconstruction, scrutiny: Scrutiny) -> EvaluationRow:
     network, provenance = student.candidate.network, student.provenance
     layer, config = student.candidate.layer, network.config
     d_hidden: int = getattr(config, "d_hidden", 0)
-    agreement = quality.specialisation
+    agreement, ranks = quality.specialisation, scrutiny.ranks
     return EvaluationRow(
         id=student.id,
-        model=language_model.id,
+        model=whole.id,
         layer=layer,
         kind=network.kind,
         k=config.k,
@@ -254,76 +290,69 @@ def _row(
         init=provenance.init,
         seed=provenance.seed,
         parameters=sum(parameter.numel() for parameter in network.parameters()),
-        flops_per_token=flops_per_token(
-            network.kind,
-            config.num_latents,
-            config.k,
-            config.d_in,
-            config.d_out,
-            d_hidden,
-            getattr(config, "encoder", "mlp"),
-        ),
+        flops_per_token=config.flops_per_token,
         tokens_trained=provenance.tokens_trained,
-        tokens_evaluated=text.contexts.numel(),
         l0=quality.latents.l0,
         nmse=quality.content.nmse,
         fvu=quality.content.fvu,
         dead_fraction=quality.latents.dead_fraction,
         specialisation=None if agreement is None else agreement.scalar_gain,
         specialisation_constant_gain=None if agreement is None else agreement.constant_gain,
-        special_positions="passthrough" if text.passthrough else "replace",
+        jacobian_cosine=scrutiny.jacobian_cosine,
+        stable_rank=None if ranks is None else ranks.stable,
+        numerical_rank=None if ranks is None else ranks.numerical,
+        gini=scrutiny.use.gini,
+        top_share=scrutiny.use.top_share,
+        always_on=len(scrutiny.use.always_on),
+        always_on_share=scrutiny.always_on_share,
+        fvu_permuted=scrutiny.permuted_fvu,
         nmse_all_positions=_notable(quality.everywhere.nmse, quality.content.nmse),
         fvu_all_positions=_notable(quality.everywhere.fvu, quality.content.fvu),
-        ce_mean=losses[f"mean {layer}"].ce,
-        **_model_fields(losses, student.candidate.name, f"zero {layer}", bytes_per_token),
+        ce_mean=whole.losses[f"mean {layer}"].ce,
+        **_model_fields(whole, student.candidate.name, f"zero {layer}"),
     )
 
 
-def _together_row(
-    language_model: LanguageModel,
-    losses: Mapping[str, ModelLoss],
-    text: EvaluationText,
-    bytes_per_token: float | None,
-) -> EvaluationRow:
+def _together_row(whole: _WholeModel) -> EvaluationRow:
     of_one_layer = {
         field.name: None for field in fields(EvaluationRow) if type(None) in get_args(field.type)
     }  # what belongs to one layer is null
     return EvaluationRow(
         **of_one_layer  # pyright: ignore[reportArgumentType]
-        | {
-            "id": TOGETHER,
-            "model": language_model.id,
-            "kind": TOGETHER,
-            "tokens_evaluated": text.contexts.numel(),
-            "special_positions": "passthrough" if text.passthrough else "replace",
-        }
-        | _model_fields(losses, TOGETHER, f"zero {TOGETHER}", bytes_per_token)
+        | {"id": TOGETHER, "kind": TOGETHER, "model": whole.id}
+        | _model_fields(whole, TOGETHER, f"zero {TOGETHER}")
     )
 
 
 class _ModelFields(TypedDict):
     """The fields of a row that speak of the whole model."""
 
+    tokens_evaluated: int
+    special_positions: str
     ce_base: float
     ce: float
     ce_increase: float
     ce_zero: float
     loss_recovered: float
     kl: float
+    ngram_agreement: tuple[float, ...]
     bits_per_byte_base: float | None
     bits_per_byte: float | None
 
 
-def _model_fields(losses: Mapping[str, ModelLoss], name: str, zero: str, bytes_per_token: float | None) -> _ModelFields:
-    base, here, ablated = losses[""].ce, losses[name].ce, losses[zero].ce
-    bits = None if bytes_per_token is None else 1 / (math.log(2) * bytes_per_token)
+def _model_fields(whole: _WholeModel, name: str, zero: str) -> _ModelFields:
+    base, here, ablated = (whole.losses[variant].ce for variant in ("", name, zero))
+    bits = None if whole.bytes_per_token is None else 1 / (math.log(2) * whole.bytes_per_token)
     return {
+        "tokens_evaluated": whole.text.contexts.numel(),
+        "special_positions": "passthrough" if whole.text.passthrough else "replace",
         "ce_base": base,
         "ce": here,
         "ce_increase": here - base,
         "ce_zero": ablated,
         "loss_recovered": loss_recovered(here, base, ablated),
-        "kl": losses[name].kl,
+        "kl": whole.losses[name].kl,
+        "ngram_agreement": whole.agreements[name],
         "bits_per_byte_base": None if bits is None else base * bits,
         "bits_per_byte": None if bits is None else here * bits,
     }

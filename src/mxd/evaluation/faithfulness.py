@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mxd.data.tokens import content_positions
 from mxd.evaluation.collect import LatentStatistics
 from mxd.evaluation.specialisation import Specialisation, specialisation
-from mxd.layers import MixtureOfDecoders, SparseCode, SparseLayer
+from mxd.layers import SparseCode, SparseLayer
 from mxd.metrics import ErrorSums, error_sums, kl_divergence, next_token_losses
 from mxd.models import MlpPair, ablate_mlp, mlp_pairs, replace_mlp
 
@@ -21,6 +21,10 @@ SPECIALISATION_TOKENS = 8192
 
 LOGITS_AT_ONCE = 2**25
 """Elements of the logits of one forward pass, which bounds the memory of evaluation."""
+
+
+Variant = Callable[[], AbstractContextManager[None]]
+"""Makes the context in which a model runs as something else, such as with an MLP replaced."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -116,9 +120,10 @@ class _Judge:
         context, position = content.cpu().nonzero(as_tuple=True)
         fired = SparseCode(code.values[kept].cpu(), code.indices[kept].cpu())
         self._latents.update(fired, context + first_context, position)
-        if isinstance(self._network, MixtureOfDecoders):
-            chosen = kept.nonzero().squeeze(1)[:: self._stride]
-            self._sample.append((prediction[chosen].cpu(), self._network.dense_branch(x[chosen]).cpu()))
+        chosen = kept.nonzero().squeeze(1)[:: self._stride]
+        dense = self._network.dense_branch(x[chosen])
+        if dense is not None:
+            self._sample.append((prediction[chosen].cpu(), dense.cpu()))
 
     def result(self) -> Reconstruction:
         sample = [torch.cat(parts) for parts in zip(*self._sample, strict=True)]
@@ -131,9 +136,7 @@ class _Judge:
 
 
 @torch.no_grad()
-def model_losses(
-    model: nn.Module, variants: Mapping[str, Callable[[], AbstractContextManager[None]]], text: EvaluationText
-) -> dict[str, ModelLoss]:
+def model_losses(model: nn.Module, variants: Mapping[str, Variant], text: EvaluationText) -> dict[str, ModelLoss]:
     """Return the loss of the model in each variant, and its distance from the model as it is.
 
     Args:
@@ -147,7 +150,7 @@ def model_losses(
     variants = {"": lambda: nullcontext(), **variants}
     sums = {name: torch.zeros(2, dtype=torch.float64) for name in variants}
     positions = 0
-    tokens = LOGITS_AT_ONCE // _vocabulary(model)
+    tokens = LOGITS_AT_ONCE // vocabulary(model)
     for _, contexts in text.chunks(tokens):
         contexts = contexts.to(next(model.parameters()).device)
         positions += contexts[:, 1:].numel()
@@ -164,22 +167,19 @@ def model_losses(
     }
 
 
-def replacement(
-    model: nn.Module, layers: Mapping[int, SparseLayer], text: EvaluationText
-) -> Callable[[], AbstractContextManager[None]]:
+def replacement(model: nn.Module, layers: Mapping[int, SparseLayer], text: EvaluationText) -> Variant:
     """Return the variant in which these sparse layers stand in for their MLPs."""
     kept = text.special_ids if text.passthrough else ()
     return lambda: replace_mlp(model, layers, passthrough=kept, module_path=text.module_path)
 
 
-def ablation(
-    model: nn.Module, outputs: Mapping[int, Float[Tensor, " d_out"] | None], text: EvaluationText
-) -> Callable[[], AbstractContextManager[None]]:
+def ablation(model: nn.Module, outputs: Mapping[int, Float[Tensor, " d_out"] | None], text: EvaluationText) -> Variant:
     """Return the variant in which MLPs' outputs are these vectors, or zero, wherever candidates would replace them."""
     kept = text.special_ids if text.passthrough else ()
     return lambda: ablate_mlp(model, outputs, passthrough=kept, module_path=text.module_path)
 
 
-def _vocabulary(model: nn.Module) -> int:
+def vocabulary(model: nn.Module) -> int:
+    """Return the number of tokens that a model tells apart."""
     embeddings = cast(nn.Embedding, model.get_input_embeddings())  # pyright: ignore[reportCallIssue]
     return embeddings.weight.shape[0]

@@ -11,9 +11,11 @@ from jinja2 import Environment, StrictUndefined
 from mxd.atomic import write_text_atomically
 from mxd.evaluation.curves import Curve, curve_svgs
 from mxd.evaluation.drawing import KIND_STYLES, describe, kind_style
+from mxd.evaluation.expert_use import UseHistogram
 from mxd.evaluation.frontier import Metric, drawn_layers, frontier_svg, has_lines
+from mxd.evaluation.histograms import use_svgs
 from mxd.evaluation.rows import TOGETHER, EvaluationRow
-from mxd.evaluation.tables import COLUMNS, group_rows
+from mxd.evaluation.tables import COLUMNS, SCRUTINY_COLUMNS, group_rows
 
 HOW_EXPERTS_WERE_CHOSEN = (
     "Chosen by firing rate alone, without a look at how well they read: of the experts that fired in enough contexts, "
@@ -99,6 +101,7 @@ def write_report(
     facts: Mapping[str, str],
     rows: Sequence[EvaluationRow],
     curves: Sequence[Curve] = (),
+    use: Mapping[str, UseHistogram] | None = None,
     experts: Sequence[ExpertPage] = (),
     experts_of: str = "",
     experts_note: str = HOW_EXPERTS_WERE_CHOSEN,
@@ -113,8 +116,9 @@ def write_report(
         path: The file; its folder must exist.
         title: Heading of the page.
         facts: What a reader must know to repeat it, by name: model, layer, data, tokens, hardware, date.
-        rows: The table and the picture of faithfulness against sparsity.
+        rows: The tables and the picture of faithfulness against sparsity.
         curves: The picture of training.
+        use: The picture of how often latents fire, by the student's id.
         experts: A card each.
         experts_of: Id of the student whose experts these are.
         experts_note: How these experts were chosen.
@@ -129,10 +133,13 @@ def write_report(
         summary=describe(rows),
         columns=COLUMNS,
         groups=group_rows(rows),
+        scrutiny_columns=SCRUTINY_COLUMNS,
+        scrutiny_groups=group_rows(rows, SCRUTINY_COLUMNS),
         several_layers=len({row.layer for row in rows}) > 1,
         notes=notes,
         pictures=_pictures(rows),
         curves=curve_svgs(curves) if curves else [],
+        use=use_svgs(use) if use else [],
         cards=[_card(expert) for expert in experts],
         experts_heading=_experts_heading(len(experts), experts_of),
         experts_note=experts_note,

@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any, cast, get_args, get_origin
 
 from mxd.atomic import JSON
 
@@ -75,6 +75,25 @@ class EvaluationRow:
     dense branch."""
     specialisation_constant_gain: float | None
     """The same where a change of loudness counts too."""
+    ngram_agreement: tuple[float, ...]
+    """Share of held-out prompts whose greedy continuation begins with the same 1, 2, … 8 tokens as the original's."""
+    jacobian_cosine: float | None
+    """Mean cosine similarity of the Jacobians of student and MLP, estimated on a sample of tokens."""
+    stable_rank: float | None
+    """‖W‖_F² / ‖W‖₂² of an expert's matrix, mean over a sample of the experts that fire; null for kinds whose latents
+    are no linear maps."""
+    numerical_rank: float | None
+    """Number of an expert's singular values above float32's rounding, mean over the same experts."""
+    gini: float | None
+    """Gini coefficient of how often the latents fire: 0 where equally often; null where none fires."""
+    top_share: float | None
+    """Share of the tokens on which the most used latent fires."""
+    always_on: int | None
+    """Number of latents that fire on more than half of the tokens."""
+    always_on_share: float | None
+    """Share of the variance of what latents add to the prediction that is carried by these, on a sample of tokens."""
+    fvu_permuted: float | None
+    """`fvu` on a sample of tokens with each latent doing another latent's work: a control, which must lie above it."""
     special_positions: str
     """`replace`, or `passthrough` where the original MLP stayed at BOS and padding."""
     nmse_all_positions: float | None
@@ -84,10 +103,7 @@ class EvaluationRow:
 
     def to_json(self) -> dict[str, JSON]:
         """Return the row as JSON writes it, with null for what is not finite."""
-        return {
-            name: None if isinstance(value, float) and not math.isfinite(value) else value
-            for name, value in dataclasses.asdict(self).items()
-        }
+        return {field.name: _written(getattr(self, field.name)) for field in dataclasses.fields(self)}
 
     @classmethod
     def from_json(cls, value: Mapping[str, JSON]) -> "EvaluationRow":
@@ -107,8 +123,16 @@ class EvaluationRow:
         return cls(**arguments)
 
 
+def _written(value: str | int | float | tuple[float, ...] | None) -> JSON:
+    if isinstance(value, tuple):
+        return [_written(number) for number in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _read(name: str, kind: object, value: JSON) -> JSON:
-    allowed = get_args(kind) or (kind,)
+    if get_origin(kind) is tuple and isinstance(value, list) and all(type(number) in (int, float) for number in value):
+        return tuple(float(cast("float", number)) for number in value)
+    allowed = (kind,) if get_origin(kind) is tuple else get_args(kind) or (kind,)
     if value is None and float in allowed and type(None) not in allowed:
         return math.nan
     if type(value) is int and float in allowed:

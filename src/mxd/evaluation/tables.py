@@ -26,6 +26,8 @@ class Column(NamedTuple):
     """The number as text."""
     better: Literal["lower", "higher"] | None
     """Which way is better; None for a number that is no score."""
+    place: int | None = None
+    """Which entry, of a field that holds several."""
 
 
 class Cell(NamedTuple):
@@ -45,7 +47,7 @@ class TableLine(NamedTuple):
     kind: str
     """Its kind, for the colour."""
     cells: list[Cell]
-    """One for each of `COLUMNS`."""
+    """One for each column."""
 
 
 class TableGroup(NamedTuple):
@@ -125,14 +127,58 @@ COLUMNS = (
 )
 
 
-def group_rows(rows: Sequence[EvaluationRow]) -> list[TableGroup]:
+def _agreement(tokens: int) -> Column:
+    tokens_long = f"{tokens} token" + ("s" if tokens > 1 else "")
+    meaning = f"Share of prompts whose greedy continuation begins with the model's own {tokens_long}; higher is better"
+    return Column("ngram_agreement", f"Same {tokens_long}", str(tokens), meaning, _percent, "higher", tokens - 1)
+
+
+SCRUTINY_COLUMNS = (
+    COLUMNS[0],
+    _agreement(1),
+    _agreement(4),
+    _agreement(8),
+    Column(
+        "jacobian_cosine",
+        "Jacobian cosine",
+        "Jac.",
+        "Mean cosine similarity of the layer's Jacobian and the MLP's; higher is better",
+        _fraction,
+        "higher",
+    ),
+    Column(
+        "fvu_permuted",
+        "FVU permuted",
+        "FVU perm.",
+        "Control: the FVU where each latent does another's work, which must lie above the FVU itself",
+        _fraction,
+        None,
+    ),
+    Column("stable_rank", "Stable rank", "St. rank", "Of an expert's matrix: ‖W‖F² / ‖W‖₂², mean", _mean, None),
+    Column("numerical_rank", "Rank", "Rank", "Of an expert's matrix: singular values above rounding", _mean, None),
+    Column("gini", "Gini", "Gini", "Inequality of how often latents fire; 0: equally often", _fraction, None),
+    Column("top_share", "Top latent", "Top", "Share of the tokens on which the most used latent fires", _percent, None),
+    Column("always_on", "Always on", "On", "Latents that fire on more than half of the tokens", _whole, None),
+    Column(
+        "always_on_share",
+        "Their share",
+        "Share",
+        "Share of the variance of what the latents predict that those carry",
+        _percent,
+        None,
+    ),
+)
+"""What a reviewer asks for, in a table of its own: a terminal has no room for it."""
+
+
+def group_rows(rows: Sequence[EvaluationRow], columns: Sequence[Column] = COLUMNS) -> list[TableGroup]:
     """Return the table's lines, grouped and ordered by layer and K; all layers together come last."""
     keys = sorted({_key(row) for row in rows})
     groups: list[TableGroup] = []
     for key in keys:
         members = [row for row in rows if _key(row) == key]
         lines = [
-            TableLine(_name(row), row.kind, [_cell(row, members, column) for column in COLUMNS]) for row in members
+            TableLine(_name(row), row.kind, [_cell(row, members, column) for column in columns]) for row in members
         ]
         groups.append(TableGroup(members[0].layer, lines))
     return groups
@@ -167,13 +213,13 @@ def format_table(rows: Sequence[EvaluationRow]) -> Table:
     return table
 
 
-def markdown_table(rows: Sequence[EvaluationRow]) -> str:
+def markdown_table(rows: Sequence[EvaluationRow], columns: Sequence[Column] = COLUMNS) -> str:
     """Return the results as a Markdown table; the best of each layer and K is bold."""
     several = len({row.layer for row in rows}) > 1
-    head = (["Layer"] if several else []) + ["Kind"] + [column.heading for column in COLUMNS]
-    rule = (["--:"] if several else []) + [":--"] + ["--:"] * len(COLUMNS)
+    head = (["Layer"] if several else []) + ["Kind"] + [column.heading for column in columns]
+    rule = (["--:"] if several else []) + [":--"] + ["--:"] * len(columns)
     lines = [head, rule]
-    for group in group_rows(rows):
+    for group in group_rows(rows, columns):
         for line in group.lines:
             layer = ["all" if group.layer is None else str(group.layer)] if several else []
             cells = [f"**{cell.text}**" if cell.best else cell.text for cell in line.cells]
@@ -192,13 +238,20 @@ def _name(row: EvaluationRow) -> str:
     return f"{name}, seed {row.seed}" if "-seed" in row.id else name
 
 
+def _number(row: EvaluationRow, column: Column) -> int | float | None:
+    value: int | float | tuple[float, ...] | None = getattr(row, column.field)
+    if isinstance(value, tuple):
+        return None if column.place is None else value[column.place]
+    return value
+
+
 def _cell(row: EvaluationRow, members: Sequence[EvaluationRow], column: Column) -> Cell:
-    value: int | float | None = getattr(row, column.field)
+    value = _number(row, column)
     if value is None:
         return Cell("–", False)
     if not math.isfinite(value):
         return Cell("n/a", False)
-    others: list[int | float | None] = [getattr(member, column.field) for member in members]
+    others = [_number(member, column) for member in members]
     scores = [other for other in others if other is not None and math.isfinite(other)]
     best = {"lower": min, "higher": max}.get(column.better or "")
     wins = best is not None and value == best(scores) and min(scores) < max(scores)

@@ -1,10 +1,13 @@
 """Sparse layers: pure mathematics on tensors, without models, files or processes."""
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from mxd.layers.activations import Activation
 from mxd.layers.dense_encoder import Encoder, GluEncoder, MlpEncoder
+from mxd.layers.linear_transform_mixture import LinearTransformMixture, LinearTransformMixtureConfig
+from mxd.layers.low_rank_mixture import LowRankMixture, LowRankMixtureConfig
 from mxd.layers.mixture_of_decoders import MixtureOfDecoders, MixtureOfDecodersConfig
+from mxd.layers.request import LayerRequest, RequestedConfig
 from mxd.layers.selection import SparseCode, topk_relu
 from mxd.layers.skip_transcoder import SkipTranscoder, SkipTranscoderConfig
 from mxd.layers.sparse_layer import LinearMap, SparseLayer, SparseLayerConfig, SparseLayerOutput
@@ -20,12 +23,22 @@ class LayerKind(NamedTuple):
     layer: type[SparseLayer]
     """The layer, built from its configuration."""
 
+    def configure(self, request: LayerRequest) -> SparseLayerConfig:
+        """Return the configuration of this kind that was asked for.
+
+        Raises:
+            ValueError: If a size does not fit, or something that the kind needs is missing.
+        """
+        return cast(type[RequestedConfig], self.config).from_request(request)
+
 
 LAYERS: dict[str, LayerKind] = {
     "mxd": LayerKind(MixtureOfDecodersConfig, MixtureOfDecoders),
     "transcoder": LayerKind(TranscoderConfig, Transcoder),
     "skip-transcoder": LayerKind(SkipTranscoderConfig, SkipTranscoder),
     "topk-sae": LayerKind(TopKAutoencoderConfig, TopKAutoencoder),
+    "low-rank": LayerKind(LowRankMixtureConfig, LowRankMixture),
+    "molt": LayerKind(LinearTransformMixtureConfig, LinearTransformMixture),
 }
 """Every kind of sparse layer: the one registry."""
 
@@ -47,10 +60,16 @@ __all__ = [
     "Encoder",
     "GluEncoder",
     "LayerKind",
+    "LayerRequest",
     "LinearMap",
+    "LinearTransformMixture",
+    "LinearTransformMixtureConfig",
+    "LowRankMixture",
+    "LowRankMixtureConfig",
     "MixtureOfDecoders",
     "MixtureOfDecodersConfig",
     "MlpEncoder",
+    "RequestedConfig",
     "SkipTranscoder",
     "SkipTranscoderConfig",
     "SparseCode",

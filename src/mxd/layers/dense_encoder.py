@@ -61,6 +61,11 @@ class GluEncoder(nn.Module):
         return LinearMap(self.W_enc_gate, self.b_enc_gate), LinearMap(self.W_enc, self.b_enc)
 
 
+def num_branches(encoder: Encoder) -> int:
+    """Return the number of linear maps of the input that the encoder of this name has."""
+    return 2 if encoder == "glu" else 1
+
+
 ENCODERS: dict[str, type[MlpEncoder] | type[GluEncoder]] = {"mlp": MlpEncoder, "glu": GluEncoder}
 
 

@@ -1,9 +1,13 @@
 """How large a layer is, and how large it must be to match another.
 
 The field compares kinds at equal parameters: a budget is what a transcoder of a given expansion has, and each kind
-gets as many latents as the budget pays for.
+gets as many latents as the budget pays for. What a layer of some size has and costs is said by its configuration
+(`num_parameters`, `flops_per_token`); here kinds are asked for sizes that nobody has built.
 """
 
+from dataclasses import replace
+
+from mxd.layers import LayerRequest, require_kind
 from mxd.layers.dense_encoder import Encoder
 
 EXPANSION = 32
@@ -23,40 +27,74 @@ def transcoder_budget(d_in: int, d_out: int, expansion: int = EXPANSION) -> int:
 
 
 def num_parameters(
-    kind: str, num_latents: int, d_in: int, d_out: int, d_hidden: int = 0, encoder: Encoder = "mlp"
+    kind: str,
+    num_latents: int,
+    d_in: int,
+    d_out: int,
+    d_hidden: int = 0,
+    encoder: Encoder = "mlp",
+    rank: int | None = None,
 ) -> int:
     """Return the number of parameters of a layer of this kind and size.
 
     Args:
-        kind: `mxd`, `transcoder`, `skip-transcoder` or `topk-sae`.
+        kind: A registered kind.
         num_latents: Size of the code.
-        d_in: Width of the input; for `topk-sae` the width of the MLP's output.
-        d_out: Width of the output.
-        d_hidden: Dense hidden units; read for `mxd` only.
-        encoder: Dense encoder; read for `mxd` only.
+        d_in: Width of the MLP's input; a `topk-sae` does not read it.
+        d_out: Width of the MLP's output.
+        d_hidden: Dense hidden units; read by mixtures that have them.
+        encoder: Dense encoder; read by the same.
+        rank: Rank of `low-rank`'s experts and of `molt`'s widest transforms; a quarter of d_out where it is None.
 
     Raises:
-        ValueError: If the kind is unknown.
+        ValueError: If the kind is unknown or a size that it reads is not positive.
     """
-    per_latent, fixed = _affine_count(kind, d_in, d_out, d_hidden, encoder)
-    return num_latents * per_latent + fixed
+    request = _request(d_in, d_out, d_hidden, encoder, rank)
+    return require_kind(kind).configure(replace(request, num_latents=num_latents)).num_parameters
 
 
 def matched_num_latents(
-    kind: str, budget: int, d_in: int, d_out: int, d_hidden: int = 0, encoder: Encoder = "mlp"
+    kind: str,
+    budget: int,
+    d_in: int,
+    d_out: int,
+    d_hidden: int = 0,
+    encoder: Encoder = "mlp",
+    rank: int | None = None,
 ) -> int:
-    """Return the number of latents whose layer comes nearest to a budget of parameters.
+    """Return the number of latents whose layer comes nearest to a budget of parameters; see `num_parameters`.
 
     Raises:
         ValueError: If the kind is unknown, or the budget does not pay for a single latent.
     """
-    per_latent, fixed = _affine_count(kind, d_in, d_out, d_hidden, encoder)
-    if budget < fixed + per_latent:
+    return match_budget(kind, budget, _request(d_in, d_out, d_hidden, encoder, rank))
+
+
+def match_budget(kind: str, budget: int, request: LayerRequest) -> int:
+    """Return the number of latents with which what was asked for comes nearest to a budget of parameters.
+
+    Of two that are equally near, the even one is taken, as by `round`.
+
+    Raises:
+        ValueError: If the kind is unknown, or the budget does not pay for a single latent.
+    """
+
+    def size(num_latents: int) -> int:
+        return require_kind(kind).configure(replace(request, num_latents=num_latents, k=1)).num_parameters
+
+    low, high = 1, 2
+    if budget < size(low):
         raise ValueError(
-            f"the budget must pay for at least one latent of {kind!r}, {fixed + per_latent:,} parameters; "
+            f"the budget must pay for at least one latent of {kind!r}, {size(low):,} parameters; "
             f"got {budget:,}. Raise the expansion, or set the number of latents or a smaller hidden width."
         )
-    return round((budget - fixed) / per_latent)
+    while size(high) <= budget:
+        low, high = high, 2 * high
+    # A layer of `low` latents is paid for and one of `high` is not, until the two are neighbours.
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if size(middle) <= budget else (low, middle)
+    return min(low, high, key=lambda num_latents: (abs(size(num_latents) - budget), num_latents % 2))
 
 
 def paper_num_experts(d_model: int, d_hidden: int, encoder: Encoder = "mlp", expansion: int = EXPANSION) -> int:
@@ -75,35 +113,26 @@ def paper_num_experts(d_model: int, d_hidden: int, encoder: Encoder = "mlp", exp
 
 
 def flops_per_token(
-    kind: str, num_latents: int, k: int, d_in: int, d_out: int, d_hidden: int = 0, encoder: Encoder = "mlp"
+    kind: str,
+    num_latents: int,
+    k: int,
+    d_in: int,
+    d_out: int,
+    d_hidden: int = 0,
+    encoder: Encoder = "mlp",
+    rank: int | None = None,
 ) -> int:
-    """Return the floating-point operations of one token's forward pass, two per multiply-add, decoding `k` rows.
+    """Return the floating-point operations of one token's forward pass, two per multiply-add, decoding `k` latents.
 
-    Biases, activations and the selection are left out. For GPT-2 (21,490 experts, k 32) this is 42.5 million where
-    the original MLP takes 9.4 (papers.md 1.5).
+    Biases, activations and the selection are left out. See `num_parameters` for the arguments.
 
     Raises:
-        ValueError: If the kind is unknown.
+        ValueError: If the kind is unknown or a size does not fit.
     """
-    _affine_count(kind, d_in, d_out, d_hidden, encoder)
-    dense = 0
-    if kind == "mxd":
-        dense = (2 if encoder == "glu" else 1) * d_in * d_hidden + d_hidden * d_out
-    elif kind == "skip-transcoder":
-        dense = d_in * d_out
-    return 2 * (num_latents * d_in + k * d_out + dense)
+    request = replace(_request(d_in, d_out, d_hidden, encoder, rank), num_latents=num_latents, k=k)
+    return require_kind(kind).configure(request).flops_per_token
 
 
-def _affine_count(kind: str, d_in: int, d_out: int, d_hidden: int, encoder: Encoder) -> tuple[int, int]:
-    """Return the parameters per latent and those that a layer has whatever its number of latents."""
-    per_latent = d_in + d_out + 1
-    branches = 2 if encoder == "glu" else 1
-    match kind:
-        case "mxd":
-            return per_latent, branches * d_hidden * (d_in + 1) + d_hidden * d_out + d_out
-        case "transcoder" | "topk-sae":
-            return per_latent, d_out
-        case "skip-transcoder":
-            return per_latent, d_out + d_in * d_out
-        case _:
-            raise ValueError(f"kind must be one of mxd, transcoder, skip-transcoder, topk-sae; got {kind!r}.")
+def _request(d_in: int, d_out: int, d_hidden: int, encoder: Encoder, rank: int | None) -> LayerRequest:
+    # Which activation it is changes no size.
+    return LayerRequest(d_in=d_in, d_out=d_out, d_hidden=d_hidden, activation="gelu", encoder=encoder, rank=rank)

@@ -52,6 +52,20 @@ class SparseLayerConfig(Protocol):
         """Number of latents active for each input, at most."""
         ...
 
+    @property
+    def num_parameters(self) -> int:
+        """Number of parameters of the layer."""
+        ...
+
+    @property
+    def flops_per_token(self) -> int:
+        """Floating-point operations of one token's forward pass.
+
+        Two for each multiplication by a weight, of the `k` latents that are decoded only; biases, activations and
+        the selection are left out.
+        """
+        ...
+
 
 class SparseLayer(nn.Module, ABC):
     r"""An affine function of its code, given its input.
@@ -66,6 +80,8 @@ class SparseLayer(nn.Module, ABC):
     """The layer's name in configurations and on the command line."""
     reads: ClassVar[Literal["input", "output"]] = "input"
     """Whether x is the MLP's input or its output (then the layer stands behind an MLP that stays)."""
+    reference_lr: ClassVar[float] = 4e-3
+    """Learning rate for inputs up to 256 wide (docs/training.md has the sweep)."""
     config: SparseLayerConfig
 
     @property
@@ -109,6 +125,10 @@ class SparseLayer(nn.Module, ABC):
         self, x: Float[Tensor, "*batch d_in"], indices: Int[Tensor, "*batch k"]
     ) -> Float[Tensor, "*batch k d_out"]:
         """Return what each of these latents adds to the prediction per unit of its value."""
+
+    def dense_branch(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"] | None:
+        """Return the vector of which every atom is an elementwise multiple; None for kinds that have no such vector."""
+        return None
 
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> SparseLayerOutput:
         """Return the prediction and the code that made it."""

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from mxd.kernels import mix
 from mxd.layers.initialization import normalize_rows_, uniform, uniform_by_column, zeros
+from mxd.layers.request import LayerRequest
 from mxd.layers.selection import SparseCode
 from mxd.layers.sparse_layer import LinearMap, SparseLayer, require_sizes
 
@@ -26,6 +27,25 @@ class TranscoderConfig:
     """Number of latents active for each token, at most."""
     normalize_decoder: bool = True
     """Whether each latent's decoder row is kept at unit length."""
+
+    @property
+    def num_parameters(self) -> int:
+        """Encoder, decoder and output bias."""
+        return self.num_latents * (self.d_in + 1 + self.d_out) + self.d_out
+
+    @property
+    def flops_per_token(self) -> int:
+        """All scores and `k` decoder rows."""
+        return 2 * (self.num_latents * self.d_in + self.k * self.d_out)
+
+    @classmethod
+    def from_request(cls, request: LayerRequest) -> "TranscoderConfig":
+        """Return the configuration that was asked for.
+
+        Raises:
+            ValueError: If a size does not fit.
+        """
+        return cls(d_in=request.d_in, d_out=request.d_out, num_latents=request.num_latents, k=request.k)
 
     def __post_init__(self) -> None:
         require_sizes(self)

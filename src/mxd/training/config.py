@@ -22,7 +22,7 @@ class TrainConfig:
     tokens: int
     """Tokens to train on; short text is repeated. Counts take K, M and B, as in 480M."""
     kind: tuple[str, ...] = ("mxd",)
-    """Kinds of layer: mxd, transcoder, skip-transcoder, topk-sae."""
+    """Kinds of layer: mxd, transcoder, skip-transcoder, topk-sae, low-rank, molt."""
     k: tuple[int, ...] = (32,)
     """Latents active for each token; each kind is trained at each."""
     expansion: int = EXPANSION
@@ -35,6 +35,8 @@ class TrainConfig:
     """Activation of an MxD's dense encoder: relu, gelu, gelu_tanh, silu, sigmoid; auto takes the model's own."""
     encoder: Literal["auto", "mlp", "glu"] = "auto"
     """Dense encoder of an MxD; auto takes glu where the model's MLP is gated."""
+    rank: int | Literal["auto"] = "auto"
+    """Rank of low-rank's experts and of molt's widest transforms; auto is a quarter of the output's width."""
     init: Literal["paper"] = "paper"
     """Initialisation; paper is the released one (papers.md 1.2)."""
     init_from: str | None = None
@@ -95,6 +97,8 @@ class TrainConfig:
     """Field that holds the text in .jsonl, .json, .parquet and hub rows."""
     threads: int | None = None
     """Threads of the CPU; all cores by default."""
+    recipe: str | None = None
+    """Recipe whose values hold wherever none is given here; `--recipe list` shows them all."""
 
     def __post_init__(self) -> None:
         for name in ("layer", "kind", "k", "text"):
@@ -121,6 +125,7 @@ class TrainConfig:
         counts |= {"batch-tokens": self.batch_tokens, "buffer-tokens": self.buffer_tokens, "aux-k": self.aux_k}
         counts |= {"dead-tokens": self.dead_tokens, "eval-tokens": self.eval_tokens}
         optional = {"num-latents": self.num_latents, "hidden": self.hidden, "threads": self.threads}
+        optional["rank"] = self.rank
         optional["micro-batch-tokens"] = self.micro_batch_tokens
         counts |= {name: value for name, value in optional.items() if isinstance(value, int)}
         for name, value in counts.items():

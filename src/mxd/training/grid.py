@@ -1,29 +1,20 @@
 """Which students a configuration asks for: layers × kinds × ks × seeds, each fully specified."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import cast
 
 import torch
 
-from mxd.layers import (
-    MixtureOfDecodersConfig,
-    SkipTranscoderConfig,
-    SparseLayer,
-    SparseLayerConfig,
-    TopKAutoencoderConfig,
-    TranscoderConfig,
-    require_kind,
-)
+from mxd.layers import LayerRequest, SparseLayer, SparseLayerConfig, require_kind
 from mxd.layers.activations import Activation, activation_function
-from mxd.layers.sizing import matched_num_latents, transcoder_budget
+from mxd.layers.sizing import match_budget, transcoder_budget
 from mxd.models import MlpSite
 from mxd.training.config import TrainConfig
 
 REFERENCE_WIDTH = 256
-REFERENCE_RATES = {"mxd": 4e-3, "transcoder": 4e-3, "skip-transcoder": 4e-3, "topk-sae": 4e-3}
-"""Learning rates up to `REFERENCE_WIDTH`; wider layers take theirs in inverse proportion to the width
+"""Input width up to which a kind's `reference_lr` holds; wider layers take theirs in inverse proportion to the width
 (docs/training.md has the sweep)."""
 
 
@@ -64,7 +55,7 @@ def plan_students(config: TrainConfig, sites: Mapping[int, MlpSite]) -> list[Stu
     """Return every student of a configuration, in the order layer, kind, k, seed.
 
     Raises:
-        ValueError: If a size does not fit, or the MLP's own activation is none that an MxD offers.
+        ValueError: If a size does not fit, or a kind needs an activation and the MLP's own is none that it offers.
     """
     plans: list[StudentPlan] = []
     seeds = range(config.seed, config.seed + config.seeds)
@@ -82,7 +73,7 @@ def learning_rate(config: TrainConfig, kind: str, width: int) -> float:
     if isinstance(config.lr, dict):
         return config.lr[kind]
     if isinstance(config.lr, str):
-        return REFERENCE_RATES[kind] * min(1.0, REFERENCE_WIDTH / width)
+        return require_kind(kind).layer.reference_lr * min(1.0, REFERENCE_WIDTH / width)
     return config.lr
 
 
@@ -90,42 +81,26 @@ def layer_config(config: TrainConfig, site: MlpSite, kind: str, k: int) -> Spars
     """Return the configuration of one sparse layer, with what is `auto` taken from the MLP.
 
     Raises:
-        ValueError: If a size does not fit, or the MLP's own activation is none that an MxD offers.
+        ValueError: If a size does not fit, or a kind needs an activation and the MLP's own is none that it offers.
     """
-    d_in, d_out = (site.d_out, site.d_out) if kind == "topk-sae" else (site.d_in, site.d_out)
-    encoder = config.encoder if config.encoder != "auto" else ("glu" if site.gated else "mlp")
-    d_hidden = config.hidden if isinstance(config.hidden, int) else site.d_hidden
+    request = LayerRequest(
+        d_in=site.d_in,
+        d_out=site.d_out,
+        k=k,
+        d_hidden=config.hidden if isinstance(config.hidden, int) else site.d_hidden,
+        activation=_activation(config, site),
+        encoder=config.encoder if config.encoder != "auto" else ("glu" if site.gated else "mlp"),
+        rank=config.rank if isinstance(config.rank, int) else None,
+        site=f"the MLP at {site.path}",
+    )
     num_latents = config.num_latents
     if num_latents is None:
-        budget = transcoder_budget(site.d_in, site.d_out, config.expansion)
-        num_latents = matched_num_latents(kind, budget, d_in, d_out, d_hidden, encoder)
-    match kind:
-        case "mxd":
-            return MixtureOfDecodersConfig(
-                d_in=d_in,
-                d_hidden=d_hidden,
-                d_out=d_out,
-                num_experts=num_latents,
-                k=k,
-                activation=_activation(config, site),
-                encoder=encoder,
-            )
-        case "transcoder":
-            return TranscoderConfig(d_in=d_in, d_out=d_out, num_latents=num_latents, k=k)
-        case "skip-transcoder":
-            return SkipTranscoderConfig(d_in=d_in, d_out=d_out, num_latents=num_latents, k=k)
-        case "topk-sae":
-            return TopKAutoencoderConfig(d_in=d_in, num_latents=num_latents, k=k)
-        case _:
-            raise ValueError(f"kind must be one that training can size: {', '.join(REFERENCE_RATES)}; got {kind!r}.")
+        num_latents = match_budget(kind, transcoder_budget(site.d_in, site.d_out, config.expansion), request)
+    return require_kind(kind).configure(replace(request, num_latents=num_latents))
 
 
-def _activation(config: TrainConfig, site: MlpSite) -> Activation:
+def _activation(config: TrainConfig, site: MlpSite) -> Activation | None:
     name = config.activation if config.activation != "auto" else site.activation
-    if name is None:
-        raise ValueError(
-            f"activation must be given for the MLP at {site.path}, whose own is none that an MxD offers; "
-            "choose one with --activation."
-        )
-    activation_function(name)
-    return cast(Activation, name)
+    if name is not None:
+        activation_function(name)
+    return cast(Activation | None, name)

@@ -67,6 +67,6 @@ def require_foldable(layers: Iterable[SparseLayer]) -> None:
     for layer in layers:
         if not layer.input_maps():
             raise ValueError(
-                f"normalize-input cannot be folded into a {layer.kind}, whose input and output are one space; "
+                f"normalize-input cannot be folded into a {layer.kind}, which has no maps that take it up; "
                 "train this kind in a run of its own without it."
             )

@@ -2,7 +2,7 @@
 
 import importlib.metadata
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import cast
 
@@ -59,14 +59,6 @@ class Plan:
         """Type of the activations that students see."""
         return self.cache.dtype if self.cache is not None else parameter_dtype(self.language_model)
 
-    @property
-    def buffer_bytes(self) -> int:
-        """Memory of the shuffle buffer, and of the shard that is being computed for a cache, in bytes."""
-        shard = 0 if self.cache is None or self.cache.coverage().bytes_missing == 0 else self.cache.shard_bytes
-        item = self.activation_dtype.itemsize
-        rows = max(self.config.batch_tokens, min(self.config.buffer_tokens, self.config.tokens))
-        return shard + sum(rows * (site.d_in + site.d_out) * item for site in self.sites.values())
-
     def description(self) -> dict[str, JSON]:
         """Return what run.json says: configuration, what was resolved, versions and identities."""
         versions = {name: importlib.metadata.version(name) for name in ("mxd", "torch", "transformers")}
@@ -92,6 +84,12 @@ class Plan:
             return None
         there, missing = self.cache.coverage()
         return {"dtype": str(self.cache.dtype).removeprefix("torch."), "bytes_there": there, "bytes_to_write": missing}
+
+
+def buffer_bytes(config: TrainConfig, sites: Iterable[MlpSite], itemsize: int) -> int:
+    """Memory of a run's shuffle buffer for these MLPs, in bytes; `itemsize` is that of one entry."""
+    rows = max(config.batch_tokens, min(config.buffer_tokens, config.tokens))
+    return rows * itemsize * sum(site.d_in + site.d_out for site in sites)
 
 
 def parameter_dtype(language_model: LanguageModel) -> torch.dtype:

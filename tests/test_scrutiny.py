@@ -1,0 +1,157 @@
+import json
+import math
+from pathlib import Path
+from typing import cast
+
+import pytest
+import torch
+from torch import Tensor
+
+from mxd.evaluation.evaluate import Evaluation, evaluate_run, write_evaluation
+from mxd.evaluation.expert_use import ALWAYS_ON_RATE
+from mxd.evaluation.jacobians import exact_jacobian_cosines
+from mxd.evaluation.rows import EvaluationRow
+from mxd.layers import MixtureOfDecoders, SparseLayer
+from tests.test_evaluation import STUDENTS, Naive, is_content, naive, named, pairs, standing_in, student
+from tests.tiny_run import CONTEXT, TinyRun, copied, tiny_run
+
+NEW = (
+    *("ngram_agreement", "jacobian_cosine", "stable_rank", "numerical_rank", "gini", "top_share"),
+    *("always_on", "always_on_share", "fvu_permuted"),
+)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
+    return tiny_run(tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture(scope="module")
+def evaluation(tiny: TinyRun) -> Evaluation:
+    return evaluate_run(tiny.run, together=False)
+
+
+# The tiny run is evaluated on fewer tokens than any sample takes, so that a sample is all of them.
+
+
+def content_pairs(model: Naive, block: int) -> tuple[Tensor, Tensor]:
+    kept = torch.cat([is_content(model, context) for context in model.contexts])
+    x, target = (torch.cat(parts)[kept] for parts in zip(*pairs(model, block), strict=True))
+    return x, target
+
+
+def variation(y: Tensor) -> float:
+    return float((y - y.mean(0)).square().sum())
+
+
+def decoded(layer: SparseLayer, x: Tensor, dense: Tensor) -> Tensor:
+    """Restate decoding: the base, and of every latent its value times its atom."""
+    everyone = torch.arange(layer.config.num_latents).expand(len(x), -1)
+    return layer.base(x) + torch.einsum("tn,tno->to", dense, layer.atoms(x, everyone))
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+@torch.no_grad()
+def test_use_of_latents_and_its_control_are_their_definitions(tiny: TinyRun, evaluation: Evaluation, name: str) -> None:
+    model, row, layer = naive(tiny), named(evaluation)[name], student(tiny.run, name)
+    x, target = content_pairs(model, int(name[0]))
+    given = target if layer.reads == "output" else x
+    latents = layer.config.num_latents
+    dense = layer.encode(given).dense(latents)
+    firings = (dense > 0).sum(0)
+    rates = firings / len(given)
+    assert row.top_share == pytest.approx(float(rates.max()), abs=1e-3)
+    assert row.gini == pytest.approx(
+        float((firings[:, None] - firings).abs().sum() / (2 * latents * firings.sum())), abs=1e-3
+    )
+    always = rates > ALWAYS_ON_RATE
+    assert row.always_on == int(always.sum())
+    rest = decoded(layer, given, torch.where(always, 0, dense)) - layer.base(given)
+    share = 1 - variation(rest) / variation(decoded(layer, given, dense) - layer.base(given))
+    assert row.always_on_share == pytest.approx(share, abs=1e-3)
+    moved = torch.zeros_like(dense)
+    moved[:, torch.randperm(latents, generator=torch.Generator().manual_seed(0))] = dense
+    error = (decoded(layer, given, moved) - target).square().sum()
+    assert row.fvu_permuted == pytest.approx(float(error) / variation(target), rel=1e-3)
+    histogram = evaluation.use[name]
+    assert sum(histogram.counts) + histogram.dead == latents
+    assert histogram.dead / latents == row.dead_fraction
+
+
+def test_permuting_raises_the_error_of_every_student(evaluation: Evaluation) -> None:
+    for row in evaluation.rows:
+        assert cast("float", row.fvu_permuted) > 1.2 * cast("float", row.fvu)
+
+
+@pytest.mark.parametrize("name", ["0/mxd-k4", "1/transcoder-k4", "1/topk-sae-k4"])
+def test_the_jacobian_is_that_of_what_stands_in_for_the_mlp(tiny: TinyRun, evaluation: Evaluation, name: str) -> None:
+    model, layer = naive(tiny), student(tiny.run, name)
+    mlp = model.mlp(int(name[0]))
+    x, _ = content_pairs(model, int(name[0]))
+    replaced = standing_in(layer)
+    exact = exact_jacobian_cosines(lambda x: replaced(x, mlp(x)), mlp, x)
+    assert named(evaluation)[name].jacobian_cosine == pytest.approx(float(exact.mean()), abs=0.02)
+
+
+def test_ranks_are_those_of_a_trained_decoder(tiny: TinyRun, evaluation: Evaluation) -> None:
+    for name, row in named(evaluation).items():
+        layer = student(tiny.run, name)
+        if not isinstance(layer, MixtureOfDecoders):
+            assert (row.stable_rank, row.numerical_rank) == (1, 1)
+            continue
+        stable: list[float] = []
+        for n in range(layer.config.num_experts):
+            values = torch.linalg.svdvals(layer.expert_weight(n).detach())
+            stable.append(float((values / values[0]).square().sum()))
+        # Lemma 1: every expert has the rank of D, which training leaves full.
+        assert row.numerical_rank == layer.config.d_out
+        assert min(stable) < cast("float", row.stable_rank) < max(stable)
+
+
+@torch.no_grad()
+def continuation(model: Naive, prompt: Tensor) -> list[int]:
+    tokens: list[int] = prompt.tolist()
+    for _ in range(8):
+        tokens.append(int(model.model(torch.tensor([tokens]), use_cache=False).logits[0, -1].argmax()))
+    return tokens[len(prompt) :]
+
+
+def test_continuations_are_compared_from_the_beginning_of_each_context(tiny: TinyRun, evaluation: Evaluation) -> None:
+    model, row, layer = naive(tiny), named(evaluation)["0/mxd-k4"], student(tiny.run, "0/mxd-k4").requires_grad_(False)
+    mlp, replaced, same = model.mlp(0), standing_in(layer), [0] * 8
+
+    def hook(module: torch.nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return replaced(args[0], output)
+
+    for context in model.contexts:
+        prompt = context[: CONTEXT - 8]
+        original = continuation(model, prompt)
+        handle = mlp.register_forward_hook(hook)
+        written = continuation(model, prompt)
+        handle.remove()
+        for n in range(8):
+            same[n] += original[: n + 1] == written[: n + 1]
+    assert row.ngram_agreement == pytest.approx([count / len(model.contexts) for count in same])
+
+
+def test_all_layers_together_have_continuations_alone(tiny: TinyRun, evaluation: Evaluation) -> None:
+    names = ["0/mxd-k4", "1/transcoder-k4"]
+    together = named(evaluate_run(tiny.run, students=names, together=True))["together"]
+    assert len(together.ngram_agreement) == 8
+    best = min(named(evaluation)[name].ngram_agreement[0] for name in names)
+    assert together.ngram_agreement[0] <= best + 0.25
+    assert {getattr(together, field) for field in NEW if field != "ngram_agreement"} == {None}
+
+
+def test_what_was_found_is_written_down(tiny: TinyRun, evaluation: Evaluation, tmp_path: Path) -> None:
+    run = copied(tiny.run, tmp_path / "run")
+    write_evaluation(run, evaluation, title="A title", footer="")
+    stored = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))["rows"]
+    for values, row in zip(stored, evaluation.rows, strict=True):
+        assert set(NEW) <= set(values)
+        assert values["ngram_agreement"] == list(row.ngram_agreement)
+        assert EvaluationRow.from_json(values) == row
+        assert all(math.isfinite(values[name]) for name in NEW if name != "ngram_agreement")
+    report = (run / "report.html").read_text(encoding="utf-8")
+    for words in ("Jacobian cosine", "FVU permuted", "Use of latents", "Layer 1: MxD, share of latents"):
+        assert words in report
