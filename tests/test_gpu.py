@@ -21,7 +21,7 @@ every_kind = pytest.mark.parametrize("kind", LAYERS)
 
 @pytest.fixture
 def backend(request: pytest.FixtureRequest) -> Generator[str, None, None]:
-    before = backends._chosen
+    before = backends.chosen_backend()
     backends.set_backend(request.param)
     yield request.param
     backends.set_backend(before)

@@ -111,7 +111,7 @@ def digest(model: nn.Module) -> str:
     result = hashlib.sha256(text.encode())
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         result.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        result.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        result.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return result.hexdigest()
 
 
