@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
-from mxd.models import load_language_model
+from mxd.models import digest, fingerprint, load_language_model
 
 
 @pytest.fixture
@@ -177,3 +177,17 @@ def test_ids_that_lead_nowhere(tmp_path: Path) -> None:
     for model_id in ("nobody-at-all/nothing-at-all", "no such thing"):
         with pytest.raises(ValueError, match=f"found no '{model_id}'"):
             load_language_model(model_id)
+
+
+def test_a_digest_tells_apart_what_a_fingerprint_may_not() -> None:
+    def model(**settings: float) -> torch.nn.Module:
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+        return hf.LlamaForCausalLM(hf.LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=40, **settings))
+
+    base, same, other_settings, other_entry = model(), model(), model(rms_norm_eps=1e-3), model()
+    with torch.no_grad():
+        other_entry.get_parameter("model.layers.0.mlp.up_proj.weight")[3, 3] += 1
+    assert digest(base) == digest(same)
+    assert len({digest(base), digest(other_settings), digest(other_entry)}) == 3
+    assert fingerprint(base) == fingerprint(other_settings)
