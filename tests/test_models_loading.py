@@ -3,6 +3,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -180,9 +181,14 @@ def test_ids_that_lead_nowhere(tmp_path: Path) -> None:
 
 
 def test_a_digest_tells_apart_what_a_fingerprint_may_not() -> None:
-    def model(**settings: float) -> torch.nn.Module:
+    def model(**settings: Any) -> torch.nn.Module:
         torch.manual_seed(0)
-        sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+        sizes: dict[str, Any] = {
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+        }
         return hf.LlamaForCausalLM(hf.LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=40, **settings))
 
     base, same, other_settings, other_entry = model(), model(), model(rms_norm_eps=1e-3), model()
