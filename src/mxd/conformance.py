@@ -282,6 +282,8 @@ def check_compiles(layer: SparseLayer, *, seed: int = 0) -> None:
     """
     layer, x, _ = _example(layer, seed)
     expected = layer(x.requires_grad_())
+    # Layers share their code, of which a process compiles only so many versions.
+    torch.compiler.reset()
     output = torch.compile(layer, fullgraph=True)(x)
     _require_close(output.prediction, expected.prediction, "the compiled layer must make the same prediction")
     dense, wanted = _dense(layer, output.code), _dense(layer, expected.code)
