@@ -244,7 +244,10 @@ def main(options: Options) -> None:
             "findings": found,
             "final_loss": {f"{s.precision}, seed {s.seed}": s.final_loss for s in students},
             "losses": {f"{s.precision}, seed {s.seed}": s.losses for s in students},
-            "evaluated": {f"{s.precision}, seed {s.seed}": dict(s.evaluated) for s in students},
+            "evaluated": {
+                f"{s.precision}, seed {s.seed}": {**s.evaluated, "model": f"{MODEL_NAME}, float32 copy"}
+                for s in students
+            },
             "train_seconds, one after the other and so no comparison": {
                 precision: finished.train_seconds for precision, finished in runs.items()
             },
