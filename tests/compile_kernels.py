@@ -45,19 +45,20 @@ def compile_tables(float_type: torch.dtype, k: int, d: int) -> None:
         compile_kernel(kernel, arguments, warps, **constants)
 
 
-def compile_selection(scores: torch.dtype, bias: torch.dtype | None, n: int, k: int) -> None:
-    row, warps, counts = (scores, bias, n), triton_selection.WARPS, torch.int32
-    values = scores if bias is None else torch.float32
-    sizes, bits = {"CAPACITY": 4 * k, "CHUNK": triton_selection.CHUNK}, {"BITS": 15 if values == torch.bfloat16 else 31}
+def compile_selection(scores: torch.dtype, n: int, k: int) -> None:
+    row, warps, counts = (scores, n), triton_selection.WARPS, torch.int32
+    sizes, bits = {"CAPACITY": 4 * k, "CHUNK": triton_selection.CHUNK}, {"BITS": 15 if scores == torch.bfloat16 else 31}
     compile_kernel(triton_selection._find_candidates, (counts, counts, *row, n, k), warps, **sizes, **bits)
-    arguments = (values, torch.int64, torch.int32, counts, *row, k)
+    arguments = (scores, torch.int64, torch.int32, counts, *row, k)
     compile_kernel(triton_selection._select_candidates, arguments, 1, CAPACITY=4 * k, **bits)
     for given in (counts, None):
-        arguments = (values, torch.int64, given, *row, n, k)
+        arguments = (scores, torch.int64, given, *row, n, k)
         compile_kernel(triton_selection._select_rows, arguments, warps, **sizes, **bits)
 
 
 if __name__ == "__main__":
-    compile_tables(torch.bfloat16, k=32, d=768)
-    compile_selection(torch.bfloat16, None, n=21504, k=32)
-    compile_selection(torch.float32, torch.bfloat16, n=21490, k=32)
+    # As training has them: tables in float32, codes of one latent, and the sums of single numbers for a bias.
+    for float_type, k, d in ((torch.bfloat16, 32, 768), (torch.float32, 32, 768), (torch.float32, 1, 1)):
+        compile_tables(float_type, k, d)
+    compile_selection(torch.bfloat16, n=21504, k=32)
+    compile_selection(torch.float32, n=21490, k=32)

@@ -247,16 +247,6 @@ def test_a_row_whose_candidates_do_not_fit_is_searched_whole(
 
 
 @on_a_device
-@pytest.mark.parametrize("bias_dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_bias_is_added_in_float32(dtype: torch.dtype, bias_dtype: torch.dtype, device: str) -> None:
-    scores = normal(3, 100, dtype=dtype, device=device, seed=0)
-    bias = normal(200, dtype=bias_dtype, device=device, seed=1)[::2]
-    for k in (5, 100):
-        assert_largest(triton_selection.largest(scores, k, bias), scores.float() + bias.float(), k)
-
-
-@on_a_device
 def test_scores_need_not_be_contiguous(device: str) -> None:
     scores = normal(40, 90, dtype=torch.float32, device=device, seed=0)
     for view in (scores[:3, 3:77], scores.t()[:3], scores[5:3]):

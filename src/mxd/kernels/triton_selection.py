@@ -26,10 +26,8 @@ FEWEST_CANDIDATES = 64
 """Room for this many candidates of a row at least, and for four times k."""
 
 
-def largest(
-    scores: Float[Tensor, "rows n"], k: int, bias: Float[Tensor, " n"] | None = None
-) -> tuple[Float[Tensor, "rows k"], Int[Tensor, "rows k"]]:
-    """Return the `k` largest entries of each row of `scores + bias` and where they stand, in no particular order.
+def largest(scores: Float[Tensor, "rows n"], k: int) -> tuple[Float[Tensor, "rows k"], Int[Tensor, "rows k"]]:
+    """Return the `k` largest entries of each row and where they stand, in no particular order.
 
     Of equal entries those with the lowest indices are taken, and 0.0 equals -0.0. NaN counts as larger than anything,
     as in `torch.topk`, so that it is not hidden.
@@ -43,7 +41,6 @@ def largest(
     Args:
         scores: Entries to select from. A row that starts at a multiple of 16 bytes is read fastest.
         k: Number of entries to keep.
-        bias: What is added to every row first; sums are compared and returned in float32.
 
     Raises:
         ValueError: If `k` does not lie in `[1, n]`.
@@ -51,20 +48,18 @@ def largest(
     num_rows, n = scores.shape
     if not 1 <= k <= n:
         raise ValueError(f"k must lie in [1, {n}], the width of the scores; got {k}.")
-    if torch.float64 in (scores.dtype, scores.dtype if bias is None else bias.dtype):
-        ordered = torch.sort(scores if bias is None else scores + bias, dim=1, descending=True, stable=True)
+    if scores.dtype == torch.float64:
+        ordered = torch.sort(scores, dim=1, descending=True, stable=True)
         return ordered.values[:, :k], ordered.indices[:, :k]
-    dtype = scores.dtype if bias is None else torch.float32
-    values = torch.empty(num_rows, k, dtype=dtype, device=scores.device)
+    values = torch.empty(num_rows, k, dtype=scores.dtype, device=scores.device)
     indices = torch.empty(num_rows, k, dtype=torch.long, device=scores.device)
     if num_rows == 0:
         return values, indices
     if scores.stride(1) != 1:
         scores = scores.contiguous()
-    bias = None if bias is None else bias.contiguous()
     # The low 16 bits of a bfloat16's key are zero.
-    bits = 15 if dtype == torch.bfloat16 else 31
-    row = (scores, bias, scores.stride(0))
+    bits = 15 if scores.dtype == torch.bfloat16 else 31
+    row = (scores, scores.stride(0))
     with torch.cuda.device(scores.get_device()):
         if 2 * k > CHUNK:
             constants = {"CAPACITY": 0, "CHUNK": CHUNK, "BITS": bits}
@@ -79,15 +74,6 @@ def largest(
         _select_candidates[(num_rows,)](values, indices, candidates, counts, *row, k, **constants, num_warps=warps)
         _select_rows[(num_rows,)](values, indices, counts, *row, n, k, CHUNK=CHUNK, **constants, num_warps=WARPS)
     return values, indices
-
-
-@triton.jit
-@no_type_check
-def _load(scores, bias, columns, inside):
-    entries = tl.load(scores + columns, mask=inside, other=0)
-    if bias is not None:
-        entries = entries.to(tl.float32) + tl.load(bias + columns, mask=inside, other=0).to(tl.float32)
-    return entries
 
 
 @triton.jit
@@ -109,12 +95,12 @@ def _count(keys, key):
 
 @triton.jit
 @no_type_check
-def _count_in_row(scores, bias, length, key, CHUNK: tl.constexpr):
+def _count_in_row(scores, length, key, CHUNK: tl.constexpr):
     counts = tl.zeros((CHUNK,), tl.int32)
     for first in range(0, length, CHUNK):
         columns = first + tl.arange(0, CHUNK)
         inside = columns < length
-        counts += (_keys(_load(scores, bias, columns, inside), inside) >= key).to(tl.int32)
+        counts += (_keys(tl.load(scores + columns, mask=inside, other=0), inside) >= key).to(tl.int32)
     return tl.sum(counts, 0)
 
 
@@ -152,7 +138,6 @@ def _find_candidates(
     candidates,
     counts,
     scores,
-    bias,
     stride,
     n,
     k,
@@ -165,12 +150,12 @@ def _find_candidates(
     maxima = tl.full((CHUNK,), -0x80000000, tl.int32)
     for first in range(0, n, CHUNK):
         columns = first + tl.arange(0, CHUNK)
-        maxima = tl.maximum(maxima, _keys(_load(scores, bias, columns, columns < n), columns < n))
+        maxima = tl.maximum(maxima, _keys(tl.load(scores + columns, mask=columns < n, other=0), columns < n))
     threshold = _kth_largest(maxima, k, BITS)
     above, ties = 0, 0
     for first in range(0, n, CHUNK):
         columns = first + tl.arange(0, CHUNK)
-        keys = _keys(_load(scores, bias, columns, columns < n), columns < n)
+        keys = _keys(tl.load(scores + columns, mask=columns < n, other=0), columns < n)
         places, is_kept, above, ties = _places(keys, threshold, above, ties, k)
         tl.store(candidates + row * CAPACITY + places, columns, mask=is_kept & (places < CAPACITY))
     tl.store(counts + row, above + tl.minimum(ties, k))
@@ -184,7 +169,6 @@ def _select_candidates(
     candidates,
     counts,
     scores,
-    bias,
     stride,
     k,
     CAPACITY: tl.constexpr,
@@ -196,7 +180,7 @@ def _select_candidates(
     slots = tl.arange(0, CAPACITY)
     inside = (slots < count) & (count <= CAPACITY)
     columns = tl.load(candidates + row * CAPACITY + slots, mask=inside, other=0)
-    entries = _load(scores + row * stride, bias, columns, inside)
+    entries = tl.load(scores + row * stride + columns, mask=inside, other=0)
     keys = _keys(entries, inside)
     threshold = _kth_largest(keys, k, BITS)
     places, is_kept, _above, _ties = _places(keys, threshold, 0, 0, k - _count(keys, threshold + 1))
@@ -211,7 +195,6 @@ def _select_rows(
     indices,
     counts,
     scores,
-    bias,
     stride,
     n,
     k,
@@ -225,15 +208,15 @@ def _select_rows(
     length = n
     if counts is not None:
         length = tl.where(tl.load(counts + row) > CAPACITY, n, 0)
-    threshold = tl.where(_count_in_row(scores, bias, length, 0, CHUNK) >= k, 0, -0x80000000)
+    threshold = tl.where(_count_in_row(scores, length, 0, CHUNK) >= k, 0, -0x80000000)
     for bit in range(BITS):
         raised = threshold + (0x40000000 >> bit)
-        threshold = tl.where(_count_in_row(scores, bias, length, raised, CHUNK) >= k, raised, threshold)
-    most_ties = k - _count_in_row(scores, bias, length, threshold + 1, CHUNK)
+        threshold = tl.where(_count_in_row(scores, length, raised, CHUNK) >= k, raised, threshold)
+    most_ties = k - _count_in_row(scores, length, threshold + 1, CHUNK)
     above, ties = 0, 0
     for first in range(0, length, CHUNK):
         columns = first + tl.arange(0, CHUNK)
-        entries = _load(scores, bias, columns, columns < length)
+        entries = tl.load(scores + columns, mask=columns < length, other=0)
         keys = _keys(entries, columns < length)
         places, is_kept, above, ties = _places(keys, threshold, above, ties, most_ties)
         tl.store(values + row * k + places, entries, mask=is_kept)

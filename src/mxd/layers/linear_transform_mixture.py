@@ -196,7 +196,10 @@ class _Uses(NamedTuple):
 
 
 def _uses(indices: Tensor, offsets: tuple[int, ...], at_once: int) -> Iterator[_Uses]:
-    """Yield all uses of all transforms, transform by transform, at most this many at one time."""
+    """Yield all uses of all transforms, transform by transform, at most this many at one time.
+
+    How many there are of each is read back from the device: a molt's step waits for it, other kinds' do not.
+    """
     named, slots = torch.sort(indices.flatten(), stable=True)
     transforms = torch.arange(len(offsets) - 1, device=named.device)
     ends: list[int] = torch.searchsorted(named, transforms, right=True).tolist()

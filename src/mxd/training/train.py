@@ -35,7 +35,6 @@ class TrainingInterrupted(RuntimeError):
 
 
 @runtime_checkable
-@runtime_checkable
 class ActivationSource(Protocol):
     """What the loop needs of a stream of activations."""
 

@@ -1,0 +1,136 @@
+"""What a run that reads a complete activation cache spends a batch on, beside its student's step.
+
+    python benchmarks/cached_loop.py
+    python benchmarks/cached_loop.py --tokens 40K --threads 1 --name trial
+
+A model of one block of GPT-2's width (random weights) on the standard library's text; one run fills the cache, a second
+one reads it. Clocks around the parts of the second run's loop add up: the student's step, filling the shuffle buffer
+(and in it the checksums of shards that this process opens for the first time) and gathering a batch from it. The rest
+is the loop itself. The student's step is timed alone too, on one batch, right after.
+"""
+
+import functools
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from harness import machine, print_table, write_report
+from mxd.bundled import MODEL_NAME
+from mxd.cli.numbers import COUNTS
+from mxd.data.activation_cache import ActivationCache
+from mxd.data.activations import ActivationStream
+from mxd.layers import MixtureOfDecoders, MixtureOfDecodersConfig
+from mxd.models import load_language_model
+from mxd.training.config import TrainConfig
+from mxd.training.decompose import decompose, make_plan
+from mxd.training.student import Student, StudentConfig
+
+WIDTH = 768
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Options:
+    """Time the parts of training from a cache."""
+
+    tokens: int = 245_760
+    """Tokens of each run."""
+    threads: int | None = None
+    """As of mxd train."""
+    name: str = "cached_loop_cpu"
+    """Name of the report in results/."""
+
+
+class Clock:
+    """Adds up the seconds inside methods that it wraps."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    def wrap(self, owner: type, method: str, name: str) -> None:
+        inner: Callable[..., object] = getattr(owner, method)
+
+        @functools.wraps(inner)
+        def timed(*args: object, **options: object) -> object:
+            started = time.perf_counter()
+            result = inner(*args, **options)
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+            return result
+
+        setattr(owner, method, timed)
+
+
+def save_model(folder: Path) -> None:
+    tokenizer = load_language_model(MODEL_NAME, dtype=torch.float32).tokenizer
+    torch.manual_seed(0)
+    config = GPT2Config(n_layer=1, n_embd=WIDTH, n_head=12, vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=0)
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def step_alone(rounds: int = 15) -> float:
+    """Return the median seconds of a step on one batch that stays where it is."""
+    network = MixtureOfDecoders(
+        MixtureOfDecodersConfig(d_in=WIDTH, d_hidden=4 * WIDTH, d_out=WIDTH, num_experts=21_504, k=32)
+    )
+    student = Student("alone", 0, network, StudentConfig(lr=1e-4))
+    x, target = torch.randn(2, 4096, WIDTH)
+    is_content, seconds = torch.ones(4096, dtype=torch.bool), list[float]()
+    for step in range(rounds):
+        started = time.perf_counter()
+        student.step(step, x, target, is_content, lr_factor=1.0, autocast=torch.bfloat16)
+        seconds.append(time.perf_counter() - started)
+    return sorted(seconds)[rounds // 2]
+
+
+def main(options: Options) -> None:
+    described = machine()
+    with tempfile.TemporaryDirectory(prefix="mxd-cached-loop-") as name:
+        folder = Path(name)
+        save_model(folder / "model")
+        config = TrainConfig(
+            model=str(folder / "model"),
+            text=("stdlib",),
+            layer=(0,),
+            tokens=options.tokens,
+            precision="bfloat16",
+            cache=str(folder / "cache"),
+            threads=options.threads,
+        )
+        decompose(make_plan(config), folder / "filling")
+        plan, clock = make_plan(config), Clock()
+        for owner, method, part in (
+            (Student, "step", "student's step"),
+            (ActivationStream, "__next__", "next batch"),
+            (ActivationStream, "_fill", "filling the buffer"),
+            (ActivationCache, "_checksum", "checksums"),
+        ):
+            clock.wrap(owner, method, part)
+        started = time.perf_counter()
+        decompose(plan, folder / "reading")
+        whole = time.perf_counter() - started
+    spent = clock.seconds
+    parts = {
+        "student's step": spent["student's step"],
+        "checksums": spent["checksums"],
+        "copying into the buffer": spent["filling the buffer"] - spent["checksums"],
+        "gathering batches": spent["next batch"] - spent["filling the buffer"],
+        "all else, saving the layer included": whole - spent["student's step"] - spent["next batch"],
+    }
+    rows: list[dict[str, object]] = [
+        {"part": part, "ms a batch": 1000 * seconds / plan.steps, "share": seconds / whole}
+        for part, seconds in parts.items()
+    ]
+    rows.append({"part": "(the step alone, on one batch)", "ms a batch": 1000 * step_alone(), "share": ""})
+    print_table(rows, f"Training from a cache, {plan.steps} batches of 4,096 tokens")
+    title = f"What a batch from a cache takes: width {WIDTH}, float32, {plan.steps} batches"
+    write_report(options.name, title, rows, described, {"prefetch": plan.resources.prefetch})
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, registry=COUNTS))
