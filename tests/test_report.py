@@ -33,9 +33,16 @@ def row(kind: str = "mxd", k: int = 32, layer: int = 8, ce_increase: float = 0.0
         layer=layer,
         kind=kind,
         k=k,
+        k_trained=k,
         num_latents=21_490,
         d_hidden=3072 if kind == "mxd" else None,
         activation="gelu" if kind == "mxd" else None,
+        encoder="mlp" if kind == "mxd" else None,
+        rank=None,
+        normalize_experts=True,
+        selection="topk",
+        l1_coefficient=None,
+        random_k=False,
         init="paper",
         seed=seed,
         parameters=37_751_808 if kind == "mxd" else 37_770_000,
@@ -63,6 +70,8 @@ def row(kind: str = "mxd", k: int = 32, layer: int = 8, ce_increase: float = 0.0
         numerical_rank=768.0 if kind == "mxd" else 1.0,
         gini=0.5,
         top_share=0.75,
+        effective_latents=120.5,
+        top_energy_share=0.1,
         always_on=2,
         always_on_share=0.25,
         fvu_permuted=0.98,
@@ -87,7 +96,8 @@ def together() -> EvaluationRow:
     unmeasured = dict.fromkeys(["flops_per_token", "tokens_trained", "l0", "nmse", "fvu", "dead_fraction"])
     unmeasured |= dict.fromkeys(["specialisation", "specialisation_constant_gain", "ce_mean", "jacobian_cosine"])
     unmeasured |= dict.fromkeys(["stable_rank", "numerical_rank", "gini", "top_share", "always_on", "always_on_share"])
-    unmeasured |= dict.fromkeys(["fvu_permuted"])
+    unmeasured |= dict.fromkeys(["fvu_permuted", "k_trained", "encoder", "rank", "normalize_experts", "selection"])
+    unmeasured |= dict.fromkeys(["l1_coefficient", "random_k", "effective_latents", "top_energy_share"])
     return dataclasses.replace(row(), id="together", kind="together", **nothing, **unmeasured)
 
 

@@ -22,6 +22,8 @@ from mxd.layers import SparseLayer, require_kind
 FORMAT_VERSION = 1
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+LATER_FIELDS: Mapping[str, object] = {"selection": "topk"}
+"""What layers do whose config.json was written before these keys of `layer` existed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -126,11 +128,14 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     folder = _layer_folder(Path(path))
     config = _read_config(folder / CONFIG_FILE)
     layer_kind = require_kind(cast(str, config["kind"]))
-    for place, described in {"layer": layer_kind.config, "provenance": Provenance}.items():
-        found = cast(Mapping[str, object], config[place])
+    known = {field.name for field in fields(layer_kind.config)}
+    layer_fields = {name: LATER_FIELDS[name] for name in LATER_FIELDS if name in known}
+    layer_fields |= cast(dict[str, object], config["layer"])
+    places = {"layer": (layer_kind.config, layer_fields), "provenance": (Provenance, config["provenance"])}
+    for place, (described, found) in places.items():
+        found = cast(Mapping[str, object], found)
         _require_fields(folder / CONFIG_FILE, place, found, {field.name for field in fields(described)})
         _require_types(folder / CONFIG_FILE, described, found)
-    layer_fields = cast(dict[str, object], config["layer"])
     provenance_fields = cast(dict[str, object], config["provenance"])
     with torch.random.fork_rng(devices=[]):
         layer = layer_kind.layer(layer_kind.config(**layer_fields))  # pyright: ignore[reportCallIssue]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mxd.checkpoint import load_layer, save_layer
-from mxd.layers import LAYERS, MixtureOfDecoders, SparseCode, SparseLayer
+from mxd.layers import LAYERS, MixtureOfDecoders, SparseCode, SparseLayer, TopK
 
 EXACT = 1e-10
 """Difference allowed in float64, in units of the largest expected entry (or of 1 where that is smaller)."""
@@ -59,11 +59,12 @@ def check_forward(layer: SparseLayer, *, seed: int = 0) -> None:
 
 
 def check_code(layer: SparseLayer, *, seed: int = 0) -> None:
-    """Check that the code holds the `k` largest scores, rectified and not renormalised, each once."""
+    """Check that the code holds the scores that are selected, rectified and not renormalised, each once."""
     layer, x, _ = _example(layer, seed)
-    code, k = layer.encode(x), layer.config.k
+    code, k, rule = layer.encode(x), layer.config.k, layer.selection.name
+    shape = len(x), k if rule == TopK.name else code.values.shape[1]
     for name, part in (("values", code.values), ("indices", code.indices)):
-        _require(part.shape == (len(x), k), f"the code's {name} must have shape {(len(x), k)}; got {(*part.shape,)}.")
+        _require(part.shape == shape, f"the code's {name} must have shape {shape}; got {(*part.shape,)}.")
     _require(bool((code.values >= 0).all()), "the code's values must be nonnegative.")
     within = (code.indices >= 0) & (code.indices < layer.config.num_latents)
     _require(bool(within.all()), f"the code's indices must lie in [0, {layer.config.num_latents - 1}].")
@@ -71,7 +72,7 @@ def check_code(layer: SparseLayer, *, seed: int = 0) -> None:
         used = indices[values > 0]
         _require(len(used.unique()) == len(used), "the code's indices must be distinct where the value is not 0.")
     expected = _restate(layer, x).code
-    _require_close(_dense(layer, code), expected, f"encode(x) must keep the {k} largest pre_activations, rectified")
+    _require_close(_dense(layer, code), expected, f"encode(x) must keep what {rule} selects with k {k}, rectified")
 
 
 def check_affine(layer: SparseLayer, *, seed: int = 0) -> None:
@@ -326,9 +327,11 @@ class _Restatement(NamedTuple):
 def _example(layer: SparseLayer, seed: int, tokens: int = 8) -> _Example:
     """Return a float64 copy with random parameters, half of whose inputs have fewer than `k` active latents."""
     generator = torch.Generator().manual_seed(seed)
-    layer = copy.deepcopy(layer).to("cpu", torch.float64).requires_grad_()
+    layer = copy.deepcopy(layer).to("cpu", torch.float64).requires_grad_().eval()
     layer.zero_grad()
     with torch.no_grad():
+        for buffer in layer.buffers():
+            buffer.fill_(COARSE / 2)  # a threshold that rounding may cross unnoticed
         for parameter in layer.parameters():
             scale = 0.3 if parameter.ndim < 2 else parameter.shape[0] ** -0.5
             parameter.copy_(scale * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
@@ -341,8 +344,7 @@ def _example(layer: SparseLayer, seed: int, tokens: int = 8) -> _Example:
 
 def _restate(layer: SparseLayer, x: Tensor) -> _Restatement:
     scores = layer.pre_activations(x)
-    kept = torch.zeros_like(scores).scatter_(-1, scores.detach().topk(layer.config.k).indices, 1.0)
-    code = scores.relu() * kept
+    code = scores.relu() * layer.selection.kept(scores.detach(), layer.config.k)
     everyone = torch.arange(layer.config.num_latents).expand(len(x), -1)
     return _Restatement(layer.base(x) + torch.einsum("tn,tno->to", code, layer.atoms(x, everyone)), code)
 
@@ -374,7 +376,7 @@ def _require_near(layer: SparseLayer, x: Tensor, context: AbstractContextManager
         fixed = layer.decode(x, SparseCode(code.values.to(x.dtype), code.indices))
         loss = output.prediction.square().sum()
     _require_close(fixed.double(), exact.decode(exact_x, code), f"predictions {where} must be near the exact", COARSE)
-    values, expected = (part.sort().values for part in (output.code.values.double(), code.values))
+    values, expected = (_dense(layer, part).double().sort().values for part in (output.code, code))
     _require_close(values, expected, f"coefficients {where} must be near the exact", COARSE)
     _require(bool(output.prediction.isfinite().all()), f"predictions {where} must be finite.")
     gradients = torch.autograd.grad(loss, tuple(layer.parameters()), allow_unused=True, materialize_grads=True)

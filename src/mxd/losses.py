@@ -34,3 +34,14 @@ def dead_latent_loss(
     residual = residual.detach()
     scale = residual.square().sum().clamp_min(torch.finfo(residual.dtype).tiny)
     return (residual - prediction).square().sum() / scale
+
+
+def l1_penalty(values: Float[Tensor, "tokens k"], lengths: Float[Tensor, "tokens k"]) -> Float[Tensor, ""]:
+    r"""Return the sum of a code's values, each times the length of what it multiplies, averaged over tokens.
+
+    $$L_1 = \frac{1}{B} \sum_{b,n} a_{bn} \lVert c_n \rVert_2$$
+
+    With the length, a latent cannot escape by a small value and a long vector (papers.md 1.3, which leaves it out where
+    vectors have unit length).
+    """
+    return (values * lengths).sum(-1).mean()

@@ -1,5 +1,8 @@
 """Complete training configurations by name: the paper's four models, two newer ones, and small ones of our own.
 
+An ablation, `ablation-<what>` on the bundled model and `ablation-<what>-stories` on the other small one, is a grid
+in which one setting varies (`mxd.training.ablations`).
+
 `mxd train --recipe NAME` begins with a recipe's values, and every option given beside it replaces one. In Python a
 recipe is a function that returns a `TrainConfig`; change it with `dataclasses.replace`. Nothing here is loaded or
 looked up: a recipe resolves offline.
@@ -27,9 +30,12 @@ how many tokens a latent counts as dead (ours: mxd's default; it is only logged)
 """
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 from mxd.bundled import MODEL_NAME
+from mxd.training.ablations import ABLATIONS
 from mxd.training.config import TrainConfig
 from mxd.training.shapes import ModelShape
 
@@ -135,6 +141,28 @@ def stories260k(layer: int | None = None) -> TrainConfig:
         tokens=8_000_000,
         seeds=3,
     )
+
+
+def ablation(name: str, layer: int = 3) -> TrainConfig:
+    """An ablation on the bundled model's middle layer and the standard library: 2M tokens, K 32 and three seeds.
+
+    Args:
+        name: What varies, a key of `mxd.training.ablations.ABLATIONS`.
+        layer: Block whose MLP is decomposed.
+    """
+    base = replace(demo(layer), recipe=f"ablation-{name}", k=(32,), expansion=32, tokens=2_000_000, seeds=3)
+    return ABLATIONS[name](base, RECIPES["demo"].shape.d_model)
+
+
+def ablation_stories260k(name: str, layer: int = 2) -> TrainConfig:
+    """The same on the middle layer of a Llama of 260 thousand parameters and TinyStories: 8M tokens, K 16, three seeds.
+
+    Args:
+        name: What varies, a key of `mxd.training.ablations.ABLATIONS`.
+        layer: Block whose MLP is decomposed.
+    """
+    base = replace(stories260k(layer), recipe=f"ablation-{name}-stories", k=(16,))
+    return ABLATIONS[name](base, RECIPES["stories260k"].shape.d_model)
 
 
 class Recipe(NamedTuple):
@@ -270,6 +298,9 @@ RECIPES: dict[str, Recipe] = {
     ),
 }
 """Every recipe by its name on the command line."""
+for _name in ABLATIONS:
+    RECIPES[f"ablation-{_name}"] = Recipe(partial(ablation, _name), RECIPES["demo"].shape)
+    RECIPES[f"ablation-{_name}-stories"] = Recipe(partial(ablation_stories260k, _name), RECIPES["stories260k"].shape)
 
 
 def find_recipe(name: str) -> Recipe:

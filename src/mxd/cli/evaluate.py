@@ -18,13 +18,15 @@ def evaluate(
     text: tuple[str, ...] = (),
     tokens: int | None = None,
     student: tuple[str, ...] = (),
+    k: tuple[int, ...] = (),
     together: bool = False,
     device: str | None = None,
     json_: Annotated[bool, tyro.conf.arg(name="json")] = False,
 ) -> None:
     """Put a run's layers back into their model and measure what changes, on held-out text.
 
-    Writes RUN/evaluation.json, RUN/frontier.png and RUN/report.html, unless --text or --student ask for something
+    Writes RUN/evaluation.json, RUN/frontier.png, RUN/report.html and RUN/ablation-<setting>.png for each setting that
+    the run has several values of, unless --text or --student ask for something
     else than the whole run on its own text.
 
     Args:
@@ -33,11 +35,12 @@ def evaluate(
             stands, if its form (text, or token ids) is the same.
         tokens: Tokens to evaluate on, at most.
         student: Ids such as mxd-k32 or 8/mxd-k32; all by default.
+        k: Also measure each student at these numbers of active latents, which it need not have been trained with.
         together: Also measure the model with all these layers in place at once; needs one student a layer.
         device: Where to run; where the run was trained by default.
         json_: Print the rows as one JSON array.
     """
-    evaluation = evaluate_run(run, text=text, tokens=tokens, students=student, together=together, device=device)
+    evaluation = evaluate_run(run, text=text, tokens=tokens, students=student, ks=k, together=together, device=device)
     command = shlex.join(["mxd", *sys.argv[1:]])
     is_whole = not (text or student)
     if is_whole:
@@ -46,9 +49,9 @@ def evaluate(
         print(json.dumps([row.to_json() for row in evaluation.rows], indent=2))
         return
     Console().print(format_table(evaluation.rows))
-    if not is_whole:
-        return
     # Square brackets in the name of a folder are no markup.
-    Console(stderr=True, markup=False, highlight=False, soft_wrap=True).print(
-        f"Wrote {run}/evaluation.json, frontier.png and report.html."
-    )
+    console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
+    for warning in evaluation.warnings:
+        console.print(warning)
+    if is_whole:
+        console.print(f"Wrote {run}/evaluation.json, frontier.png and report.html.")

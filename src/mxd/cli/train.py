@@ -52,7 +52,7 @@ def train(
 ) -> None:
     """Train sparse layers that can replace MLPs of a language model.
 
-    Every layer, kind, k and seed that is asked for is one student; all learn in one pass over the model.
+    Every layer, kind, k, setting and seed that is asked for is one student; all learn in one pass over the model.
 
     Args:
         config: What to train, on what, and how.

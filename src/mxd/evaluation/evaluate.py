@@ -14,9 +14,10 @@ from mxd.atomic import JSON, write_json_atomically
 from mxd.bundled import held_out_modules
 from mxd.data.text import open_text
 from mxd.data.tokens import HeldOut, held_out_contexts, special_tokens
+from mxd.evaluation.ablation import draw_ablations
 from mxd.evaluation.continuations import ngram_agreements
 from mxd.evaluation.curves import read_curves
-from mxd.evaluation.expert_use import UseHistogram, use_histogram
+from mxd.evaluation.expert_use import UseHistogram, collapse_warning, use_histogram
 from mxd.evaluation.experts import expert_pages
 from mxd.evaluation.faithfulness import (
     Candidate,
@@ -61,6 +62,8 @@ class Evaluation:
     """What a reader must know to repeat it."""
     use: Mapping[str, UseHistogram]
     """How often each student's latents fire, by `<layer>/<id>`."""
+    warnings: Sequence[str] = ()
+    """A sentence about each student that has collapsed to one latent."""
 
 
 def evaluate_run(
@@ -69,6 +72,7 @@ def evaluate_run(
     text: Sequence[str] = (),
     tokens: int | None = None,
     students: Collection[str] = (),
+    ks: Collection[int] = (),
     together: bool = False,
     device: str | None = None,
 ) -> Evaluation:
@@ -79,6 +83,7 @@ def evaluate_run(
         text: Other text than the run's own; its held-out documents are used.
         tokens: Number of tokens at most; the run's own `eval_tokens` where None.
         students: Ids, or `<layer>/<id>`; all where empty.
+        ks: Numbers of active latents to measure each student at beside its own.
         together: Whether to measure the model with all students in place at once too, one a layer.
         device: Where to run; the run's own where None.
 
@@ -90,7 +95,7 @@ def evaluate_run(
         raise ValueError(f"{run} must be a finished run; it is not; finish it with mxd train --resume.")
     _require_described(run, description)
     config = cast(dict[str, Any], description["config"])
-    chosen = load_students(run, cast(list[dict[str, Any]], description["students"]), students)
+    chosen = load_students(run, cast(list[dict[str, Any]], description["students"]), students, ks)
     if together:
         require_one_per_layer(chosen)
     device = device or str(cast(dict[str, Any], description["resources"])["device"])
@@ -164,18 +169,20 @@ def write_evaluation(run: Path, evaluation: Evaluation, *, title: str, footer: s
     """Write `evaluation.json`, `frontier.png` and `report.html` into the run's folder."""
     rows: list[JSON] = [row.to_json() for row in evaluation.rows]
     write_json_atomically(run / "evaluation.json", {"facts": dict(evaluation.facts), "rows": rows})
-    draw_frontier(evaluation.rows, run / "frontier.png")
+    draw_ablations(evaluation.rows, run)
+    own = [row for row in evaluation.rows if row.k == row.k_trained]
+    draw_frontier(own, run / "frontier.png")
     metrics = run / "metrics.jsonl"
     write_report(
         run / "report.html",
         title=title,
         facts={**evaluation.facts, "date": datetime.now(UTC).date().isoformat()},
-        rows=evaluation.rows,
+        rows=own,
         curves=read_curves(read_metrics(metrics) if metrics.is_file() else []),
         experts=evaluation.experts,
         experts_of=evaluation.experts_of,
         use=evaluation.use,
-        notes=[STAYS] if any(row.kind == TopKAutoencoder.kind for row in evaluation.rows) else [],
+        notes=[*([STAYS] if any(row.kind == TopKAutoencoder.kind for row in own) else []), *evaluation.warnings],
         footer=footer,
     )
 
@@ -239,7 +246,12 @@ def _evaluate(
         experts=experts,
         experts_of=shown.id,
         facts=facts,
-        use={name: use_histogram(statistics) for name, statistics in latents.items()},
+        use={
+            student.candidate.name: use_histogram(latents[student.candidate.name])
+            for student in students
+            if student.candidate.network.config.k == student.k_trained
+        },
+        warnings=[said for name, one in scrutiny.items() if (said := collapse_warning(name, one.energy)) is not None],
     )
 
 
@@ -284,9 +296,16 @@ def _row(whole: _WholeModel, student: TrainedStudent, quality: Reconstruction, s
         layer=layer,
         kind=network.kind,
         k=config.k,
+        k_trained=student.k_trained,
         num_latents=config.num_latents,
         d_hidden=d_hidden or None,
         activation=getattr(config, "activation", None),
+        encoder=getattr(config, "encoder", None),
+        rank=getattr(config, "rank", None),
+        normalize_experts=getattr(config, "normalize_experts", getattr(config, "normalize_decoder", None)),
+        selection=network.selection.name,
+        l1_coefficient=student.l1_coefficient,
+        random_k=student.random_k,
         init=provenance.init,
         seed=provenance.seed,
         parameters=sum(parameter.numel() for parameter in network.parameters()),
@@ -303,6 +322,8 @@ def _row(whole: _WholeModel, student: TrainedStudent, quality: Reconstruction, s
         numerical_rank=None if ranks is None else ranks.numerical,
         gini=scrutiny.use.gini,
         top_share=scrutiny.use.top_share,
+        effective_latents=scrutiny.energy.effective_latents,
+        top_energy_share=scrutiny.energy.top_share,
         always_on=len(scrutiny.use.always_on),
         always_on_share=scrutiny.always_on_share,
         fvu_permuted=scrutiny.permuted_fvu,

@@ -15,6 +15,12 @@ ALWAYS_ON_RATE = 0.5
 """A latent that fires on more than this share of the tokens is always on: it tells tokens apart no better than a
 coin."""
 
+COLLAPSED_SHARE = 0.5
+"""A layer of whose energy one latent carries more than this is all but a single latent."""
+
+ENERGY_ELEMENTS = 2**22
+"""Elements of the atoms that are held at one time."""
+
 BINS_PER_DECADE = 4
 """Bins of the histogram for each factor of ten in the firing rate."""
 
@@ -29,6 +35,18 @@ class ExpertUse(NamedTuple):
     """Share of the tokens on which the most used latent fires."""
     always_on: Int[Tensor, " found"]
     """The latents that fire on more than half of the tokens."""
+
+
+class EnergyUse(NamedTuple):
+    """How the energy of what latents add to the prediction is spread over them."""
+
+    effective_latents: float
+    """Effective number of latents: exp of the entropy of their shares (the perplexity, or Hill number of order 1). It
+    is n where n latents share it equally, 1 where one has it all, and NaN where there is no energy."""
+    top_share: float
+    """Share of the latent that has most; NaN where there is no energy."""
+    top_latent: int
+    """That latent's number."""
 
 
 class UseHistogram(NamedTuple):
@@ -72,6 +90,35 @@ def use_histogram(statistics: LatentStatistics) -> UseHistogram:
     bins = (torch.bucketize(used, edges) - 1).clamp_min(0)
     counts = torch.bincount(bins, minlength=len(edges) - 1)
     return UseHistogram(edges.tolist(), counts.tolist(), int((rates == 0).sum()))
+
+
+@torch.no_grad()
+def energy_use(layer: SparseLayer, x: Float[Tensor, "tokens d_in"]) -> EnergyUse:
+    r"""Return how the energy of what latents add to the prediction is spread over them.
+
+    $$E_n = \sum_t \| v_{tn} \, \mathrm{atom}(x_t, n) \|^2, \qquad p_n = E_n / \sum_m E_m$$
+
+    It weighs a latent by how often it fires and by how much it then adds, so that a layer which has collapsed to one
+    latent shows, whatever number of latents fires: users of MOLT report such a collapse to one transform.
+    """
+    code = layer.encode(x)
+    energy = torch.zeros(layer.config.num_latents, dtype=torch.float64)
+    at_once = max(1, ENERGY_ELEMENTS // (code.values.shape[1] * layer.config.d_out))
+    for rows, values, indices in zip(*(part.split(at_once) for part in (x, *code)), strict=True):
+        lengths = torch.linalg.vector_norm(layer.atoms(rows, indices).float(), dim=-1)
+        energy.index_add_(0, indices.flatten().cpu(), (values * lengths).square().flatten().cpu().double())
+    shares = energy / energy.sum()
+    return EnergyUse(torch.special.entr(shares).sum().exp().item(), shares.max().item(), int(shares.argmax()))
+
+
+def collapse_warning(name: str, use: EnergyUse) -> str | None:
+    """Return a sentence about a layer of whose energy one latent carries more than half; None for any other."""
+    if not use.top_share > COLLAPSED_SHARE:
+        return None
+    return (
+        f"{name} has nearly collapsed to one latent: latent {use.top_latent} carries {100 * use.top_share:.0f}% of the "
+        f"energy of what its latents add to the prediction (effective number of latents: {use.effective_latents:.1f})."
+    )
 
 
 @torch.no_grad()

@@ -25,13 +25,27 @@ class EvaluationRow:
     kind: str
     """Kind of sparse layer, or `together`."""
     k: int | None
-    """Number of latents active on each token, at most."""
+    """Number of latents active on each token, at most; with batch-topk on average."""
+    k_trained: int | None
+    """`k` in training; it differs where `mxd evaluate --k` asked for others."""
     num_latents: int | None
     """Number of latents; for a mixture of decoders, of experts."""
     d_hidden: int | None
     """Width of the dense branch; null for kinds that have none."""
     activation: str | None
     """Activation of the dense branch; null for kinds that have none."""
+    encoder: str | None
+    """Dense encoder, `mlp` or `glu`; null for kinds that have none."""
+    rank: int | None
+    """Largest rank of a latent's map; null for kinds that have no such bound."""
+    normalize_experts: bool | None
+    """Whether rows that belong to latents were kept at unit length; null for kinds that have no choice."""
+    selection: str | None
+    """How latents are selected: `topk`, `batch-topk` or `l1`."""
+    l1_coefficient: float | None
+    """Weight of the L1 penalty in training; null where there was none."""
+    random_k: bool | None
+    """Whether training drew K anew each step; null where the selection is not topk."""
     init: str | None
     """How the weights were initialised."""
     seed: int | None
@@ -88,6 +102,11 @@ class EvaluationRow:
     """Gini coefficient of how often the latents fire: 0 where equally often; null where none fires."""
     top_share: float | None
     """Share of the tokens on which the most used latent fires."""
+    effective_latents: float | None
+    """exp of the entropy of the latents' shares of the energy that they add to the prediction, on a sample of tokens:
+    1 where one latent does everything."""
+    top_energy_share: float | None
+    """Share of that energy which the strongest latent carries."""
     always_on: int | None
     """Number of latents that fire on more than half of the tokens."""
     always_on_share: float | None

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from mxd.evaluation.collect import LatentStatistics
-from mxd.evaluation.expert_use import ExpertUse, expert_use, permuted_fvu, variance_share
+from mxd.evaluation.expert_use import EnergyUse, ExpertUse, energy_use, expert_use, permuted_fvu, variance_share
 from mxd.evaluation.faithfulness import Candidate, EvaluationText
 from mxd.evaluation.jacobians import TokenMap, jacobian_cosines
 from mxd.evaluation.ranks import Ranks, expert_ranks, sample_latents
@@ -44,6 +44,8 @@ class Scrutiny:
     """Mean ranks of some experts that fire; None for kinds whose latents are no linear maps, or where none fires."""
     use: ExpertUse
     """How evenly its latents are used."""
+    energy: EnergyUse
+    """How the energy of what its latents add to the prediction is spread over them."""
     always_on_share: float
     """Share of the prediction's variance that the latents carry that fire on more than half of the tokens."""
     permuted_fvu: float
@@ -84,6 +86,7 @@ def _scrutinise(network: SparseLayer, statistics: LatentStatistics, site: MlpSit
         jacobian_cosine=_jacobian_cosine(network, site, sample),
         ranks=Ranks(*(fmean(column) for column in zip(*ranks, strict=True))) if ranks else None,
         use=use,
+        energy=energy_use(network, x),
         always_on_share=variance_share(network, x, use.always_on),
         permuted_fvu=permuted_fvu(network, x, sample.target),
     )

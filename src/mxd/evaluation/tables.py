@@ -158,6 +158,15 @@ SCRUTINY_COLUMNS = (
     Column("numerical_rank", "Rank", "Rank", "Of an expert's matrix: singular values above rounding", _mean, None),
     Column("gini", "Gini", "Gini", "Inequality of how often latents fire; 0: equally often", _fraction, None),
     Column("top_share", "Top latent", "Top", "Share of the tokens on which the most used latent fires", _percent, None),
+    Column(
+        "effective_latents",
+        "Effective latents",
+        "Eff.",
+        "exp of the entropy of the latents' shares of the energy that they add to the prediction; 1: one does it all",
+        _mean,
+        None,
+    ),
+    Column("top_energy_share", "Strongest", "Strong.", "Share of that energy which one latent carries", _percent, None),
     Column("always_on", "Always on", "On", "Latents that fire on more than half of the tokens", _whole, None),
     Column(
         "always_on_share",

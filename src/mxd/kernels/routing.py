@@ -1,6 +1,6 @@
 """Selection: score all latents, keep the `k` largest of each token, forget the rest."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -44,15 +44,25 @@ def route(
     return values.view(*x.shape[:-1], k), indices.view(*x.shape[:-1], k)
 
 
+def score_blocks(
+    x: Float[Tensor, "rows d_in"], weight: Float[Tensor, "d_in n"], bias: Float[Tensor, " n"]
+) -> Iterator[tuple[slice, Float[Tensor, "block n"]]]:
+    """Yield `x @ weight + bias` in blocks of rows, each with the rows that it is of; it knows no gradient.
+
+    Under autocast the product runs in autocast's type.
+    """
+    x, weight, bias = (_for_product(tensor.detach()) for tensor in (x, weight, bias))
+    score_bytes = weight.shape[1] * weight.element_size()
+    at_once = max(1, BLOCK_BYTES.get(x.device.type, BLOCK_BYTES_ELSEWHERE) // score_bytes)
+    yield from product_by_rows(x, weight, bias, at_once)
+
+
 class _Route(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor]:
         values, indices = weight.new_empty(len(x), k), torch.empty(len(x), k, dtype=torch.long, device=x.device)
-        x_cast, weight_cast, bias_cast = (_for_product(tensor) for tensor in (x, weight, bias))
-        score_bytes = weight.shape[1] * weight_cast.element_size()
-        at_once = max(1, BLOCK_BYTES.get(x.device.type, BLOCK_BYTES_ELSEWHERE) // score_bytes)
         select = _selection(x.device)
-        for rows, scores in product_by_rows(x_cast, weight_cast, bias_cast, at_once):
+        for rows, scores in score_blocks(x, weight, bias):
             kept_values, indices[rows] = select(scores, k)
             values[rows] = kept_values.relu_()
         ctx.mark_non_differentiable(indices)

@@ -8,7 +8,7 @@ from mxd.layers.linear_transform_mixture import LinearTransformMixture, LinearTr
 from mxd.layers.low_rank_mixture import LowRankMixture, LowRankMixtureConfig
 from mxd.layers.mixture_of_decoders import MixtureOfDecoders, MixtureOfDecodersConfig
 from mxd.layers.request import LayerRequest, RequestedConfig
-from mxd.layers.selection import SparseCode, topk_relu
+from mxd.layers.selection import L1, BatchTopK, Selection, SelectionName, SparseCode, TopK, topk_relu
 from mxd.layers.skip_transcoder import SkipTranscoder, SkipTranscoderConfig
 from mxd.layers.sparse_layer import LinearMap, SparseLayer, SparseLayerConfig, SparseLayerOutput
 from mxd.layers.topk_autoencoder import TopKAutoencoder, TopKAutoencoderConfig
@@ -55,8 +55,10 @@ def require_kind(kind: str) -> LayerKind:
 
 
 __all__ = [
+    "L1",
     "LAYERS",
     "Activation",
+    "BatchTopK",
     "Encoder",
     "GluEncoder",
     "LayerKind",
@@ -70,12 +72,15 @@ __all__ = [
     "MixtureOfDecodersConfig",
     "MlpEncoder",
     "RequestedConfig",
+    "Selection",
+    "SelectionName",
     "SkipTranscoder",
     "SkipTranscoderConfig",
     "SparseCode",
     "SparseLayer",
     "SparseLayerConfig",
     "SparseLayerOutput",
+    "TopK",
     "TopKAutoencoder",
     "TopKAutoencoderConfig",
     "Transcoder",

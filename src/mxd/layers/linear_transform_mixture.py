@@ -14,7 +14,7 @@ from mxd.kernels import dots, mix
 from mxd.kernels.backends import backend
 from mxd.layers.initialization import uniform_by_column, zeros
 from mxd.layers.request import LayerRequest
-from mxd.layers.selection import SparseCode
+from mxd.layers.selection import SelectionName, SparseCode
 from mxd.layers.sparse_layer import LinearMap, SparseLayer, require_sizes
 
 HALVINGS = 4
@@ -37,6 +37,8 @@ class LinearTransformMixtureConfig:
     """Rank of the widest transforms; the others have a half, a quarter, an eighth and a sixteenth of it."""
     k: int = 32
     """Number of transforms active for each token, at most."""
+    selection: SelectionName = "topk"
+    """How active latents are chosen: `topk`, `batch-topk` or `l1`."""
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -45,12 +47,12 @@ class LinearTransformMixtureConfig:
         Where the number of transforms is no multiple of 31, each group ends at the nearest whole number, so that one
         transform more never lowers another's rank.
         """
-        return tuple(rank for rank, size in self._groups() for _ in range(size))
+        return tuple(rank for rank, size in self.groups for _ in range(size))
 
     @property
     def total_rank(self) -> int:
         """Sum of the transforms' ranks."""
-        return sum(rank * size for rank, size in self._groups())
+        return sum(rank * size for rank, size in self.groups)
 
     @property
     def num_parameters(self) -> int:
@@ -77,13 +79,15 @@ class LinearTransformMixtureConfig:
             num_latents=request.num_latents,
             rank=request.chosen_rank,
             k=request.k,
+            selection=request.selection,
         )
 
     def __post_init__(self) -> None:
         require_sizes(self, rank=self.rank)
 
-    def _groups(self) -> list[tuple[int, int]]:
-        """Return the rank and the size of each group."""
+    @property
+    def groups(self) -> list[tuple[int, int]]:
+        """The rank of each group of transforms and how many it has, widest first; a group may have none."""
         everyone = 2 ** (HALVINGS + 1) - 1
         ends = [0, *((2 * self.num_latents * (2**n - 1) + everyone) // (2 * everyone) for n in range(1, HALVINGS + 2))]
         return [(max(1, self.rank >> n), end - start) for n, (start, end) in enumerate(pairwise(ends))]
@@ -112,7 +116,7 @@ class LinearTransformMixture(SparseLayer):
     b_dec: Float[nn.Parameter, " d_out"]
 
     def __init__(self, config: LinearTransformMixtureConfig, generator: torch.Generator | None = None):
-        super().__init__()
+        super().__init__(selection=config.selection)
         self.config = config
         self.offsets = (0, *accumulate(config.ranks))
         """Where each transform's block begins in the tables, and where the last one ends."""
@@ -154,6 +158,19 @@ class LinearTransformMixture(SparseLayer):
             raise ValueError(f"expert must lie in [0, {self.config.num_latents - 1}]; got {n}.")
         block = slice(self.offsets[n], self.offsets[n + 1])
         return self.W_down[:, block] @ self.W_dec[block]
+
+    def latent_lengths(self) -> Float[Tensor, " num_latents"]:
+        """Return the Frobenius norm of each transform, from Gram matrices of its rank: none is built."""
+        squares: list[Tensor] = []
+        for rank, size in self.config.groups:
+            start = self.offsets[sum(map(len, squares))]
+            block = slice(start, start + rank * size)
+            down, up = self.W_down[:, block].unflatten(1, (size, rank)), self.W_dec[block].unflatten(0, (size, rank))
+            grams = torch.einsum("inr,ins->nrs", down, down) * torch.einsum("nro,nso->nrs", up, up)
+            squares.append(grams.sum((1, 2)))
+        square = torch.cat(squares)
+        # The root's slope at zero, where a fresh transform is, is infinite; and rounding may go below.
+        return torch.where(square > 0, torch.where(square > 0, square, 1).sqrt(), 0)
 
     def input_maps(self) -> tuple[LinearMap, ...]:
         """Return none: the transforms have no bias into which a change of the input's origin could be folded."""

@@ -11,7 +11,7 @@ from mxd.layers.activations import Activation
 from mxd.layers.dense_encoder import Encoder, dense_encoder, num_branches
 from mxd.layers.initialization import normalize_rows_, uniform, uniform_by_column, zeros
 from mxd.layers.request import LayerRequest
-from mxd.layers.selection import SparseCode
+from mxd.layers.selection import SelectionName, SparseCode
 from mxd.layers.sparse_layer import LinearMap, SparseLayer, require_sizes
 
 
@@ -35,6 +35,8 @@ class MixtureOfDecodersConfig:
     """Dense encoder: `mlp` has one branch, `glu` two."""
     normalize_experts: bool = True
     """Whether each expert's vector is kept at unit length, which fixes the scale that it shares with `W_dec`."""
+    selection: SelectionName = "topk"
+    """How active latents are chosen: `topk`, `batch-topk` or `l1`."""
 
     @property
     def num_latents(self) -> int:
@@ -71,6 +73,8 @@ class MixtureOfDecodersConfig:
             k=request.k,
             activation=request.require_activation(),
             encoder=request.encoder,
+            normalize_experts=request.normalize,
+            selection=request.selection,
         )
 
     def __post_init__(self) -> None:
@@ -99,7 +103,7 @@ class MixtureOfDecoders(SparseLayer):
     b_dec: Float[nn.Parameter, " d_out"]
 
     def __init__(self, config: MixtureOfDecodersConfig, generator: torch.Generator | None = None):
-        super().__init__()
+        super().__init__(selection=config.selection)
         self.config = config
         self.encoder = dense_encoder(config.encoder, config.d_in, config.d_hidden, config.activation, generator)
         self.W_gate = uniform_by_column(config.d_in, config.num_experts, config.d_in**-0.5, generator)
@@ -147,6 +151,10 @@ class MixtureOfDecoders(SparseLayer):
     def unit_length_tables(self) -> tuple[nn.Parameter, ...]:
         """Return the expert table where it is kept normalised."""
         return (self.W_expert,) if self.config.normalize_experts else ()
+
+    def latent_lengths(self) -> Float[Tensor, " num_experts"]:
+        """Return the length of each expert's vector."""
+        return torch.linalg.vector_norm(self.W_expert, dim=1)
 
     def input_maps(self) -> tuple[LinearMap, ...]:
         """Return the gate and the dense encoder's branches."""

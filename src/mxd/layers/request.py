@@ -5,6 +5,7 @@ from typing import Protocol
 
 from mxd.layers.activations import Activation
 from mxd.layers.dense_encoder import Encoder
+from mxd.layers.selection import SelectionName
 from mxd.layers.sparse_layer import SparseLayerConfig
 
 
@@ -28,6 +29,10 @@ class LayerRequest:
     """Dense encoder."""
     rank: int | None = None
     """Largest rank of a latent's own linear map; None leaves it to `chosen_rank`."""
+    selection: SelectionName = "topk"
+    """How active latents are chosen."""
+    normalize: bool = True
+    """Whether rows that belong to latents are kept at unit length, by kinds that can."""
     site: str = "the MLP"
     """How messages name the MLP."""
 

@@ -80,7 +80,9 @@ def match_budget(kind: str, budget: int, request: LayerRequest) -> int:
     """
 
     def size(num_latents: int) -> int:
-        return require_kind(kind).configure(replace(request, num_latents=num_latents, k=1)).num_parameters
+        # A selection changes no size, and not every one serves the sizes that are tried on the way.
+        tried = replace(request, num_latents=num_latents, k=1, selection="topk")
+        return require_kind(kind).configure(tried).num_parameters
 
     low, high = 1, 2
     if budget < size(low):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from mxd.kernels import linear, mix
 from mxd.layers.initialization import uniform_by_column, zeros
 from mxd.layers.request import LayerRequest
-from mxd.layers.selection import SparseCode
+from mxd.layers.selection import SelectionName, SparseCode
 from mxd.layers.sparse_layer import LinearMap, SparseLayer, require_sizes
 
 
@@ -25,6 +25,8 @@ class SkipTranscoderConfig:
     """Number of latents: neurons of the wide hidden layer."""
     k: int = 32
     """Number of latents active for each token, at most."""
+    selection: SelectionName = "topk"
+    """How active latents are chosen: `topk`, `batch-topk` or `l1`."""
 
     @property
     def num_parameters(self) -> int:
@@ -43,7 +45,13 @@ class SkipTranscoderConfig:
         Raises:
             ValueError: If a size does not fit.
         """
-        return cls(d_in=request.d_in, d_out=request.d_out, num_latents=request.num_latents, k=request.k)
+        return cls(
+            d_in=request.d_in,
+            d_out=request.d_out,
+            num_latents=request.num_latents,
+            k=request.k,
+            selection=request.selection,
+        )
 
     def __post_init__(self) -> None:
         require_sizes(self)
@@ -68,7 +76,7 @@ class SkipTranscoder(SparseLayer):
     W_skip: Float[nn.Parameter, "d_in d_out"]
 
     def __init__(self, config: SkipTranscoderConfig, generator: torch.Generator | None = None):
-        super().__init__()
+        super().__init__(selection=config.selection)
         self.config = config
         self.W_enc = uniform_by_column(config.d_in, config.num_latents, config.d_in**-0.5, generator)
         self.b_enc = zeros(config.num_latents)
@@ -94,6 +102,10 @@ class SkipTranscoder(SparseLayer):
     ) -> Float[Tensor, "*batch k d_out"]:
         """Return the named decoder rows, the same for every input."""
         return self.W_dec[indices]
+
+    def latent_lengths(self) -> Float[Tensor, " num_latents"]:
+        """Return the length of each decoder row."""
+        return torch.linalg.vector_norm(self.W_dec, dim=1)
 
     def input_maps(self) -> tuple[LinearMap, ...]:
         """Return the encoder and the skip map, whose bias is the output's."""

@@ -6,8 +6,8 @@ from typing import ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from mxd.kernels import dots, route
-from mxd.layers.selection import SparseCode
+from mxd.kernels import route
+from mxd.layers.selection import MOST_LATENTS, SelectionName, SparseCode, TopK, make_selection, scores_at
 
 
 class SparseLayerOutput(NamedTuple):
@@ -84,6 +84,10 @@ class SparseLayer(nn.Module, ABC):
     """Learning rate for inputs up to 256 wide (docs/training.md has the sweep)."""
     config: SparseLayerConfig
 
+    def __init__(self, *, selection: SelectionName = "topk") -> None:
+        super().__init__()
+        self.selection = make_selection(selection)
+
     @property
     @abstractmethod
     def scorer(self) -> LinearMap:
@@ -98,8 +102,15 @@ class SparseLayer(nn.Module, ABC):
         return self.scorer_input(x) @ self.scorer.weight + self.scorer.bias
 
     def encode(self, x: Float[Tensor, "*batch d_in"]) -> SparseCode:
-        """Return the active latents of each input: the `k` largest scores, rectified and not renormalised."""
-        return SparseCode(*route(self.scorer_input(x), *self.scorer, self.config.k))
+        """Return the active latents of each input: the `k` largest scores, rectified and not renormalised.
+
+        Which are active is `selection`'s to say where the configuration names another one than top-k.
+        """
+        return self.encode_at(x, self.config.k)
+
+    def encode_at(self, x: Float[Tensor, "*batch d_in"], k: int) -> SparseCode:
+        """Return the code of another number of active latents than the configuration's."""
+        return self.selection(self.scorer_input(x), *self.scorer, k)
 
     def encode_among(self, x: Float[Tensor, "*batch d_in"], latents: Int[Tensor, " chosen"], k: int) -> SparseCode:
         """Return the code of the `k` latents with the largest scores among these, whatever the others score."""
@@ -109,8 +120,7 @@ class SparseLayer(nn.Module, ABC):
 
     def scores_of(self, x: Float[Tensor, "tokens d_in"], indices: Int[Tensor, "tokens k"]) -> Float[Tensor, "tokens k"]:
         """Return the scores of the latents that each input names, not rectified."""
-        bias = dots(x.new_ones(len(x), 1), indices, self.scorer.bias[:, None])
-        return dots(self.scorer_input(x), indices, self.scorer.weight.t()) + bias
+        return scores_at(self.scorer_input(x), *self.scorer, indices)
 
     @abstractmethod
     def decode(self, x: Float[Tensor, "*batch d_in"], code: SparseCode) -> Float[Tensor, "*batch d_out"]:
@@ -139,6 +149,13 @@ class SparseLayer(nn.Module, ABC):
         """Return the tables whose rows training keeps at unit length: none for most kinds."""
         return ()
 
+    def latent_lengths(self) -> Float[Tensor, " num_latents"]:
+        """Return how much each latent adds per unit of its value, by which an L1 penalty weighs it.
+
+        It is the length of the latent's row, or the Frobenius norm of its map; 1 where a kind does not say.
+        """
+        return self.scorer.bias.new_ones(self.config.num_latents)
+
     @abstractmethod
     def input_maps(self) -> tuple[LinearMap, ...]:
         """Return every map that the layer applies to its input, so that a change of input can be folded into them."""
@@ -148,7 +165,8 @@ def require_sizes(config: SparseLayerConfig, **widths: int) -> None:
     """Check a configuration's sizes.
 
     Raises:
-        ValueError: If a width is not positive or `k` does not lie in `[1, num_latents]`.
+        ValueError: If a width is not positive, `k` does not lie in `[1, num_latents]`, or the selection does not serve
+            so many latents.
     """
     widths |= {"d_in": config.d_in, "d_out": config.d_out, "num_latents": config.num_latents}
     for name, width in widths.items():
@@ -156,3 +174,9 @@ def require_sizes(config: SparseLayerConfig, **widths: int) -> None:
             raise ValueError(f"{name} must be at least 1; got {width}.")
     if not 1 <= config.k <= config.num_latents:
         raise ValueError(f"k must lie in [1, {config.num_latents}], the number of latents; got {config.k}.")
+    selection: SelectionName = getattr(config, "selection", "topk")
+    if selection != TopK.name and config.num_latents > MOST_LATENTS:
+        raise ValueError(
+            f"num_latents must be at most {MOST_LATENTS:,} with selection {selection}, which looks at all scores of a "
+            f"batch at once; got {config.num_latents:,}. Ask for fewer, or for selection topk."
+        )

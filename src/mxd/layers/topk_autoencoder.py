@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from mxd.kernels import mix
 from mxd.layers.initialization import normalize_rows_, uniform_by_column, zeros
 from mxd.layers.request import LayerRequest
-from mxd.layers.selection import SparseCode
+from mxd.layers.selection import SelectionName, SparseCode
 from mxd.layers.sparse_layer import LinearMap, SparseLayer, require_sizes
 
 
@@ -25,6 +25,8 @@ class TopKAutoencoderConfig:
     """Number of latents active for each token, at most."""
     normalize_decoder: bool = True
     """Whether each latent's decoder row is kept at unit length."""
+    selection: SelectionName = "topk"
+    """How active latents are chosen: `topk`, `batch-topk` or `l1`."""
 
     @property
     def d_out(self) -> int:
@@ -48,7 +50,13 @@ class TopKAutoencoderConfig:
         Raises:
             ValueError: If a size does not fit.
         """
-        return cls(d_in=request.d_out, num_latents=request.num_latents, k=request.k)
+        return cls(
+            d_in=request.d_out,
+            num_latents=request.num_latents,
+            k=request.k,
+            normalize_decoder=request.normalize,
+            selection=request.selection,
+        )
 
     def __post_init__(self) -> None:
         require_sizes(self)
@@ -72,7 +80,7 @@ class TopKAutoencoder(SparseLayer):
     b_dec: Float[nn.Parameter, " d_in"]
 
     def __init__(self, config: TopKAutoencoderConfig, generator: torch.Generator | None = None):
-        super().__init__()
+        super().__init__(selection=config.selection)
         self.config = config
         self.W_enc = uniform_by_column(config.d_in, config.num_latents, config.d_in**-0.5, generator)
         normalize_rows_(self.W_enc.t())
@@ -106,6 +114,10 @@ class TopKAutoencoder(SparseLayer):
     def unit_length_tables(self) -> tuple[nn.Parameter, ...]:
         """Return the decoder where it is kept normalised."""
         return (self.W_dec,) if self.config.normalize_decoder else ()
+
+    def latent_lengths(self) -> Float[Tensor, " num_latents"]:
+        """Return the length of each decoder row."""
+        return torch.linalg.vector_norm(self.W_dec, dim=1)
 
     def input_maps(self) -> tuple[LinearMap, ...]:
         """Return none: input and reconstruction are one space here, so a change of the input alone cannot be folded."""

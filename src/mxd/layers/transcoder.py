@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from mxd.kernels import mix
 from mxd.layers.initialization import normalize_rows_, uniform, uniform_by_column, zeros
 from mxd.layers.request import LayerRequest
-from mxd.layers.selection import SparseCode
+from mxd.layers.selection import SelectionName, SparseCode
 from mxd.layers.sparse_layer import LinearMap, SparseLayer, require_sizes
 
 
@@ -27,6 +27,8 @@ class TranscoderConfig:
     """Number of latents active for each token, at most."""
     normalize_decoder: bool = True
     """Whether each latent's decoder row is kept at unit length."""
+    selection: SelectionName = "topk"
+    """How active latents are chosen: `topk`, `batch-topk` or `l1`."""
 
     @property
     def num_parameters(self) -> int:
@@ -45,7 +47,14 @@ class TranscoderConfig:
         Raises:
             ValueError: If a size does not fit.
         """
-        return cls(d_in=request.d_in, d_out=request.d_out, num_latents=request.num_latents, k=request.k)
+        return cls(
+            d_in=request.d_in,
+            d_out=request.d_out,
+            num_latents=request.num_latents,
+            k=request.k,
+            normalize_decoder=request.normalize,
+            selection=request.selection,
+        )
 
     def __post_init__(self) -> None:
         require_sizes(self)
@@ -68,7 +77,7 @@ class Transcoder(SparseLayer):
     b_dec: Float[nn.Parameter, " d_out"]
 
     def __init__(self, config: TranscoderConfig, generator: torch.Generator | None = None):
-        super().__init__()
+        super().__init__(selection=config.selection)
         self.config = config
         self.W_enc = uniform_by_column(config.d_in, config.num_latents, config.d_in**-0.5, generator)
         self.b_enc = zeros(config.num_latents)
@@ -99,6 +108,10 @@ class Transcoder(SparseLayer):
     def unit_length_tables(self) -> tuple[nn.Parameter, ...]:
         """Return the decoder where it is kept normalised."""
         return (self.W_dec,) if self.config.normalize_decoder else ()
+
+    def latent_lengths(self) -> Float[Tensor, " num_latents"]:
+        """Return the length of each decoder row."""
+        return torch.linalg.vector_norm(self.W_dec, dim=1)
 
     def input_maps(self) -> tuple[LinearMap, ...]:
         """Return the encoder."""

@@ -2,16 +2,42 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple, TypeVar
 
-from mxd.layers import require_kind
+from mxd.layers import L1, BatchTopK, SelectionName, TopK, require_kind
 from mxd.layers.activations import activation_function
 from mxd.layers.sizing import EXPANSION
+
+Value = TypeVar("Value")
+EncoderChoice = Literal["auto", "mlp", "glu"]
+WidthChoice = int | Literal["auto"]
+
+
+class Settings(NamedTuple):
+    """One value of each setting that may have several: the axes of the grid beside layer, kind, k and seed."""
+
+    num_latents: int | None
+    hidden: WidthChoice
+    activation: str
+    encoder: EncoderChoice
+    rank: WidthChoice
+    normalize_experts: bool
+    selection: SelectionName
+    l1_coefficient: float | None
+    random_k: bool
+
+
+def values_of(setting: Value | tuple[Value, ...]) -> tuple[Value, ...]:
+    """Return the values of a setting that may have one or several."""
+    return setting if isinstance(setting, tuple) else (setting,)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
-    """Which sparse layers to train, for which MLPs, on which text, and how."""
+    """Which sparse layers to train, for which MLPs, on which text, and how.
+
+    A setting that takes one or several values is an axis of the grid: each kind that reads it is trained with each.
+    """
 
     model: str
     """Language model: a hub id, a local folder, or `bundled`."""
@@ -27,16 +53,24 @@ class TrainConfig:
     """Latents active for each token; each kind is trained at each."""
     expansion: int = EXPANSION
     """Parameters are matched to a transcoder with this many latents per unit of input width."""
-    num_latents: int | None = None
-    """Number of latents (experts) of every layer, instead of matched parameters."""
-    hidden: int | Literal["auto"] = "auto"
-    """Dense hidden units of an MxD; auto takes the model's own."""
-    activation: str = "auto"
-    """Activation of an MxD's dense encoder: relu, gelu, gelu_tanh, silu, sigmoid; auto takes the model's own."""
-    encoder: Literal["auto", "mlp", "glu"] = "auto"
-    """Dense encoder of an MxD; auto takes glu where the model's MLP is gated."""
-    rank: int | Literal["auto"] = "auto"
-    """Rank of low-rank's experts and of molt's widest transforms; auto is a quarter of the output's width."""
+    num_latents: int | tuple[int, ...] | None = None
+    """Number of latents (experts) of every layer, one or several, instead of matched parameters."""
+    hidden: WidthChoice | tuple[WidthChoice, ...] = "auto"
+    """Dense hidden units of an MxD, one or several; auto takes the model's own."""
+    activation: str | tuple[str, ...] = "auto"
+    """Activations of an MxD's dense encoder: relu, gelu, gelu_tanh, silu, sigmoid; auto takes the model's own."""
+    encoder: EncoderChoice | tuple[EncoderChoice, ...] = "auto"
+    """Dense encoders of an MxD; auto takes glu where the model's MLP is gated."""
+    rank: WidthChoice | tuple[WidthChoice, ...] = "auto"
+    """Ranks of low-rank's experts and of molt's widest transforms; auto is a quarter of the output's width."""
+    normalize_experts: bool | tuple[bool, ...] = True
+    """Whether rows that belong to latents are kept at unit length; name both to compare."""
+    selection: SelectionName | tuple[SelectionName, ...] = "topk"
+    """How latents are selected: topk, batch-topk (k a token on average) or l1 (all that are positive)."""
+    l1_coefficient: float | tuple[float, ...] | None = None
+    """Weights of the L1 penalty with which selection l1 is trained."""
+    random_k: bool | tuple[bool, ...] = False
+    """Whether training draws K anew each step, uniformly from half to one and a half times k (topk only)."""
     init: Literal["paper"] = "paper"
     """Initialisation; paper is the released one (papers.md 1.2)."""
     init_from: str | None = None
@@ -101,16 +135,18 @@ class TrainConfig:
     """Recipe whose values hold wherever none is given here; `--recipe list` shows them all."""
 
     def __post_init__(self) -> None:
-        for name in ("layer", "kind", "k", "text"):
-            values = getattr(self, name)
+        for name in ("layer", "kind", "k", "text", *Settings._fields):
+            values = values_of(getattr(self, name))
+            name = name.replace("_", "-")
             if not values:
                 raise ValueError(f"{name} must name at least one; got none.")
             if len(set(values)) < len(values):
                 raise ValueError(f"{name} must name each only once; got {' '.join(map(str, values))}.")
         for kind in self.kind:
             require_kind(kind)
-        if self.activation != "auto":
-            activation_function(self.activation)
+        for activation in values_of(self.activation):
+            if activation != "auto":
+                activation_function(activation)
         if self.init_from is not None and self.output_bias != "zeros":
             raise ValueError(
                 f"output-bias must be zeros with init-from, whose layers bring their own; got {self.output_bias}."
@@ -118,21 +154,24 @@ class TrainConfig:
         if self.cache is None and self.cache_dtype != "auto":
             raise ValueError(f"cache-dtype must be auto without --cache; got {self.cache_dtype}; give --cache DIR.")
         self._check_numbers()
+        self._check_selection()
         self._check_learning_rates()
 
     def _check_numbers(self) -> None:
         counts = {"k": min(self.k), "tokens": self.tokens, "expansion": self.expansion, "seeds": self.seeds}
         counts |= {"batch-tokens": self.batch_tokens, "buffer-tokens": self.buffer_tokens, "aux-k": self.aux_k}
         counts |= {"dead-tokens": self.dead_tokens, "eval-tokens": self.eval_tokens}
-        optional = {"num-latents": self.num_latents, "hidden": self.hidden, "threads": self.threads}
-        optional["rank"] = self.rank
-        optional["micro-batch-tokens"] = self.micro_batch_tokens
-        counts |= {name: value for name, value in optional.items() if isinstance(value, int)}
+        optional = {"num-latents": self.num_latents, "hidden": self.hidden, "rank": self.rank}
+        optional |= {"threads": self.threads, "micro-batch-tokens": self.micro_batch_tokens}
+        for name, setting in optional.items():
+            given = [value for value in values_of(setting) if isinstance(value, int)]
+            counts |= {name: min(given)} if given else {}
         for name, value in counts.items():
             if value < 1:
                 raise ValueError(f"{name} must be at least 1; got {value}.")
-        if self.num_latents is not None and max(self.k) > self.num_latents:
-            raise ValueError(f"k must be at most num-latents, {self.num_latents}; got {max(self.k)}.")
+        fewest = min((value for value in values_of(self.num_latents) if value is not None), default=None)
+        if fewest is not None and max(self.k) > fewest:
+            raise ValueError(f"k must be at most num-latents, {fewest}; got {max(self.k)}.")
         if self.context < 2:
             raise ValueError(f"context must be at least 2 tokens; got {self.context}.")
         for name, value in {"seed": self.seed, "warmup-tokens": self.warmup_tokens}.items():
@@ -150,6 +189,24 @@ class TrainConfig:
             )
         if self.clip is not None and not 0 < self.clip < math.inf:
             raise ValueError(f"clip must be a finite positive number; got {self.clip}.")
+
+    def _check_selection(self) -> None:
+        selections = values_of(self.selection)
+        coefficients = [value for value in values_of(self.l1_coefficient) if value is not None]
+        if bool(coefficients) != (L1.name in selections):
+            raise ValueError(
+                f"l1-coefficient must be given with selection l1 and only with it; got "
+                f"{' '.join(map(str, coefficients)) or 'none'} with selection {' '.join(selections)}."
+            )
+        if not all(math.isfinite(value) and value > 0 for value in coefficients):
+            raise ValueError(f"l1-coefficient must be finite positive numbers; got {' '.join(map(str, coefficients))}.")
+        if any(values_of(self.random_k)) and TopK.name not in selections:
+            raise ValueError(f"random-k needs selection topk, where k is what varies; got {' '.join(selections)}.")
+        if self.micro_batch_tokens is not None and BatchTopK.name in selections:
+            raise ValueError(
+                f"micro-batch-tokens must be left out with selection batch-topk; got {self.micro_batch_tokens}. It "
+                "selects among all tokens of a batch: leave out one of them, or lower --batch-tokens."
+            )
 
     def _check_learning_rates(self) -> None:
         if isinstance(self.lr, dict):

@@ -216,6 +216,8 @@ def _student(plan: Plan, student: StudentPlan) -> Student:
             aux_coefficient=config.aux_coefficient,
             aux_k=config.aux_k,
             dead_tokens=config.dead_tokens,
+            l1_coefficient=student.l1_coefficient,
+            random_k_seed=student.seed if student.random_k else None,
             micro_batch_tokens=config.micro_batch_tokens,
         ),
     )

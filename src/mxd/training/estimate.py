@@ -14,7 +14,7 @@ from typing import NamedTuple, cast
 import torch
 
 from mxd.kernels.routing import BLOCK_BYTES, BLOCK_BYTES_ELSEWHERE
-from mxd.layers import SparseLayerConfig
+from mxd.layers import BatchTopK, SparseLayerConfig, TopK
 from mxd.models import MlpSite
 from mxd.training.config import TrainConfig
 from mxd.training.grid import StudentPlan, plan_students
@@ -23,6 +23,7 @@ from mxd.training.plan import Plan, buffer_bytes
 from mxd.training.resources import Resources, resolve_device, resolve_resources, resolve_threads
 from mxd.training.shapes import ModelShape
 from mxd.training.streams import forward_contexts
+from mxd.training.student import random_ks
 
 EFFICIENCY = 0.5
 """Share of a plain matrix product's speed that training is taken to reach. It stands for all that is no product
@@ -90,7 +91,7 @@ class StudentCost(NamedTuple):
 
 
 class Grid(NamedTuple):
-    """A part of what was asked for: the first layers, kinds, ks and seeds of each list."""
+    """A part of what was asked for: the first layers, kinds, ks and seeds of each list, with all settings."""
 
     layers: tuple[int, ...]
     """Blocks."""
@@ -212,11 +213,16 @@ def student_cost(student: StudentPlan, config: TrainConfig, device: str) -> Stud
     weights = list(skeleton.parameters())
     parameters = sum(weight.numel() for weight in weights)
     rows = min(config.micro_batch_tokens or config.batch_tokens, config.batch_tokens)
+    active = random_ks(network.k)[-1] if student.random_k else network.k
     # Forward and backward each hold an activation; the last are values and indices of a code, and its transpose.
-    widths = 2 * (network.d_in + 3 * network.d_out + hidden) + 8 * network.k
+    widths = 2 * (network.d_in + 3 * network.d_out + hidden) + 8 * active
     block = BLOCK_BYTES.get(torch.device(device).type, BLOCK_BYTES_ELSEWHERE)
-    # A block of scores, and the scorer's weight cast or rearranged for the product.
-    scoring = min(rows * network.num_latents * FLOAT, block) + network.num_latents * network.d_in * FLOAT
+    # A block of scores (all of them, and once more to sort, where a whole batch is selected from), and the scorer's
+    # weight cast or rearranged for the product.
+    scores_held = rows * network.num_latents * FLOAT
+    if getattr(network, "selection", TopK.name) == BatchTopK.name:
+        block = scores_held = 2 * scores_held
+    scoring = min(scores_held, block) + network.num_latents * network.d_in * FLOAT
     return StudentCost(
         parameters=parameters,
         forward=forward,
@@ -268,20 +274,23 @@ def largest_grid(workload: Workload, available: int) -> Grid | None:
     """
     config = workload.config
     held = workload.model_bytes if workload.model_is_loaded else 0
-    cells = [[StudentCost(0, 0, 0, 0, 0)] * len(config.kind) for _ in config.layer]
-    for student, cost in zip(workload.students, workload.costs, strict=True):
-        row, kind = cells[config.layer.index(student.layer)], config.kind.index(student.kind)
-        row[kind] = StudentCost(*(one + other for one, other in zip(row[kind], cost, strict=True)))
     sizes, step = (len(config.layer), len(config.kind), len(config.k), config.seeds), _largest_step(workload)
+    # Students, parameters and copied bytes of every part, as sums over its first layers, kinds, ks and seeds.
+    sums = torch.zeros(*sizes, 3, dtype=torch.int64)
+    for student, cost in zip(workload.students, workload.costs, strict=True):
+        # With selection l1 there is one student for all ks.
+        k = config.k.index(student.network.k) if student.network.k in config.k else 0
+        place = config.layer.index(student.layer), config.kind.index(student.kind), k, student.seed - config.seed
+        sums[place] += torch.tensor([1, cost.parameters, cost.copied_bytes])
+    for axis in range(len(sizes)):
+        sums = sums.cumsum(axis)
     best: tuple[tuple[bool, int, int], Grid] | None = None
     for layers, kinds, ks, seeds in product(*(range(1, size + 1) for size in sizes)):
-        inside = [cell for row in cells[:layers] for cell in row[:kinds]]
-        share = ks * seeds / (len(config.k) * config.seeds)
-        parameters, copied = (int(share * sum(cell[field] for cell in inside)) for field in (0, 4))
+        students, parameters, copied = sums[layers - 1, kinds - 1, ks - 1, seeds - 1].tolist()
         total = _memory(workload, parameters, max(copied, step), config.layer[:layers]).total
-        rank = (kinds == len(config.kind), layers * kinds * ks * seeds, ks)
+        rank = (kinds == len(config.kind), students, ks)
         if total - held <= available and (best is None or rank > best[0]):
-            best = rank, Grid(config.layer[:layers], config.kind[:kinds], config.k[:ks], seeds, rank[1], total)
+            best = rank, Grid(config.layer[:layers], config.kind[:kinds], config.k[:ks], seeds, students, total)
     return None if best is None else best[1]
 
 

@@ -1,17 +1,18 @@
-"""Which students a configuration asks for: layers × kinds × ks × seeds, each fully specified."""
+"""Which students a configuration asks for: layers × kinds × ks × settings × seeds, each fully specified."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import cast
 
 import torch
 
-from mxd.layers import LayerRequest, SparseLayer, SparseLayerConfig, require_kind
+from mxd.layers import L1, LayerRequest, SparseLayer, SparseLayerConfig, TopK, require_kind
 from mxd.layers.activations import Activation, activation_function
 from mxd.layers.sizing import match_budget, transcoder_budget
 from mxd.models import MlpSite
-from mxd.training.config import TrainConfig
+from mxd.training.config import Settings, TrainConfig, values_of
+from mxd.training.student import random_ks
 
 REFERENCE_WIDTH = 256
 """Input width up to which a kind's `reference_lr` holds; wider layers take theirs in inverse proportion to the width
@@ -34,6 +35,10 @@ class StudentPlan:
     """Seed of its initialisation."""
     lr: float
     """Learning rate after warm-up."""
+    l1_coefficient: float = 0.0
+    """Weight of the L1 penalty; 0 where the selection is not l1."""
+    random_k: bool = False
+    """Whether training draws the number of active latents anew each step."""
 
     @property
     def parameters(self) -> int:
@@ -52,20 +57,21 @@ class StudentPlan:
 
 
 def plan_students(config: TrainConfig, sites: Mapping[int, MlpSite]) -> list[StudentPlan]:
-    """Return every student of a configuration, in the order layer, kind, k, seed.
+    """Return every student of a configuration, in the order layer, kind, k, settings, seed.
+
+    A setting multiplies only the students that read it: those that come out alike are one.
 
     Raises:
         ValueError: If a size does not fit, or a kind needs an activation and the MLP's own is none that it offers.
     """
-    plans: list[StudentPlan] = []
     seeds = range(config.seed, config.seed + config.seeds)
-    for layer, kind, k, seed in product(config.layer, config.kind, config.k, seeds):
-        suffix = f"-seed{seed}" if config.seeds > 1 else ""
-        network = layer_config(config, sites[layer], kind, k)
-        lr = learning_rate(config, kind, network.d_in)
-        plan = StudentPlan(id=f"{kind}-k{k}{suffix}", layer=layer, kind=kind, network=network, seed=seed, lr=lr)
-        plans.append(plan)
-    return plans
+    students: list[StudentPlan] = []
+    for layer, kind in product(config.layer, config.kind):
+        alike: dict[StudentPlan, None] = {}
+        for k, settings, seed in product(config.k, _settings(config), seeds):
+            alike[_student(config, sites[layer], kind, k, settings, seed)] = None
+        students += _named(config, list(alike))
+    return students
 
 
 def learning_rate(config: TrainConfig, kind: str, width: int) -> float:
@@ -77,30 +83,90 @@ def learning_rate(config: TrainConfig, kind: str, width: int) -> float:
     return config.lr
 
 
-def layer_config(config: TrainConfig, site: MlpSite, kind: str, k: int) -> SparseLayerConfig:
-    """Return the configuration of one sparse layer, with what is `auto` taken from the MLP.
+def _settings(config: TrainConfig) -> Iterator[Settings]:
+    for values in product(*(values_of(getattr(config, name)) for name in Settings._fields)):
+        yield Settings(*values)
 
-    Raises:
-        ValueError: If a size does not fit, or a kind needs an activation and the MLP's own is none that it offers.
-    """
+
+def _student(config: TrainConfig, site: MlpSite, kind: str, k: int, settings: Settings, seed: int) -> StudentPlan:
+    """Return one student without a name, with what is `auto` taken from the MLP, and what it does not read left out."""
+    network = _network(config, site, kind, k, settings)
+    random_k = settings.random_k and settings.selection == TopK.name
+    if random_k and random_ks(k)[-1] > network.num_latents:
+        raise ValueError(
+            f"k must be at most two thirds of the number of latents with random-k, which draws up to one and a half "
+            f"times k; got {k} of {network.num_latents} for {kind}."
+        )
+    return StudentPlan(
+        id="",
+        layer=site.layer,
+        kind=kind,
+        network=network,
+        seed=seed,
+        lr=learning_rate(config, kind, network.d_in),
+        l1_coefficient=(settings.l1_coefficient or 0.0) if settings.selection == L1.name else 0.0,
+        random_k=random_k,
+    )
+
+
+def _network(config: TrainConfig, site: MlpSite, kind: str, k: int, settings: Settings) -> SparseLayerConfig:
     request = LayerRequest(
         d_in=site.d_in,
         d_out=site.d_out,
-        k=k,
-        d_hidden=config.hidden if isinstance(config.hidden, int) else site.d_hidden,
-        activation=_activation(config, site),
-        encoder=config.encoder if config.encoder != "auto" else ("glu" if site.gated else "mlp"),
-        rank=config.rank if isinstance(config.rank, int) else None,
+        d_hidden=settings.hidden if isinstance(settings.hidden, int) else site.d_hidden,
+        activation=_activation(settings.activation, site),
+        encoder=settings.encoder if settings.encoder != "auto" else ("glu" if site.gated else "mlp"),
+        rank=settings.rank if isinstance(settings.rank, int) else None,
+        selection=settings.selection,
+        normalize=settings.normalize_experts,
         site=f"the MLP at {site.path}",
     )
-    num_latents = config.num_latents
+    num_latents = settings.num_latents
     if num_latents is None:
         num_latents = match_budget(kind, transcoder_budget(site.d_in, site.d_out, config.expansion), request)
-    return require_kind(kind).configure(replace(request, num_latents=num_latents))
+    # With l1 any number of latents may be active.
+    k = num_latents if settings.selection == L1.name else k
+    return require_kind(kind).configure(replace(request, num_latents=num_latents, k=k))
 
 
-def _activation(config: TrainConfig, site: MlpSite) -> Activation | None:
-    name = config.activation if config.activation != "auto" else site.activation
-    if name is not None:
-        activation_function(name)
-    return cast(Activation | None, name)
+def _activation(name: str, site: MlpSite) -> Activation | None:
+    chosen = name if name != "auto" else site.activation
+    if chosen is not None:
+        activation_function(chosen)
+    return cast(Activation | None, chosen)
+
+
+def _named(config: TrainConfig, students: Sequence[StudentPlan]) -> list[StudentPlan]:
+    """Return the students of one layer and kind with their ids."""
+    parts = [_parts(student) for student in students]
+    asked = [name for name in Settings._fields if len(values_of(getattr(config, name))) > 1]
+    differing = [name for name in asked if len({part.get(name) for part in parts}) > 1]
+    named: list[StudentPlan] = []
+    for student, part in zip(students, parts, strict=True):
+        words = [student.kind, f"k{student.network.k}", *(part[name] for name in differing if name in part)]
+        words += [f"seed{student.seed}"] if config.seeds > 1 else []
+        named.append(replace(student, id="-".join(words)))
+    assert len({student.id for student in named}) == len(named), "two students have one name"
+    return named
+
+
+def _parts(student: StudentPlan) -> dict[str, str]:
+    """Return how a student's id names each setting that it reads."""
+    network = student.network
+
+    def read(*names: str) -> object:
+        return next((getattr(network, name) for name in names if hasattr(network, name)), None)
+
+    unit_length = read("normalize_experts", "normalize_decoder")
+    found = {
+        "num_latents": f"n{network.num_latents}",
+        "hidden": None if read("d_hidden") is None else f"h{read('d_hidden')}",
+        "activation": read("activation"),
+        "encoder": read("encoder"),
+        "rank": None if read("rank") is None else f"r{read('rank')}",
+        "normalize_experts": None if unit_length is None else ("unit" if unit_length else "free"),
+        "selection": read("selection"),
+        "l1_coefficient": f"c{student.l1_coefficient:g}" if student.l1_coefficient else None,
+        "random_k": ("random" if student.random_k else "fixed") if read("selection") == TopK.name else None,
+    }
+    return {name: str(value) for name, value in found.items() if value is not None}

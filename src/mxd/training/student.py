@@ -1,5 +1,6 @@
 """A student: one sparse layer that learns one MLP."""
 
+import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -8,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mxd.layers import SparseCode, SparseLayer, SparseLayerOutput
-from mxd.losses import dead_latent_loss, distillation_loss
+from mxd.losses import dead_latent_loss, distillation_loss, l1_penalty
 from mxd.training.normalization import InputNormalization
 from mxd.training.optimizer import (
     adamw,
@@ -27,6 +28,21 @@ def distillation(output: SparseLayerOutput, target: Float[Tensor, "tokens d_out"
     return distillation_loss(output.prediction.float(), target.float())
 
 
+def random_ks(k: int) -> range:
+    """Return the numbers of active latents that training with random K draws from: k − k/2 to k + k/2 (papers.md 1.4).
+
+    Example:
+        >>> list(random_ks(5))
+        [3, 4, 5, 6, 7]
+    """
+    return range(k - k // 2, k + k // 2 + 1)
+
+
+def drawn_k(k: int, seed: int, step: int) -> int:
+    """Return the number that one step draws; it depends on these three alone, so that a resumed run draws the same."""
+    return random.Random(f"{seed} {step}").choice(random_ks(k))
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StudentConfig:
     """How one student learns."""
@@ -43,6 +59,10 @@ class StudentConfig:
     """Dead latents that the auxiliary loss activates for each token, at most."""
     dead_tokens: int = 1_000_000
     """Tokens without firing after which a latent counts as dead."""
+    l1_coefficient: float = 0.0
+    """Weight of the L1 penalty on the code; 0 leaves it out."""
+    random_k_seed: int | None = None
+    """Seed of the number of active latents that is drawn each step; None keeps the layer's own."""
     micro_batch_tokens: int | None = None
     """Tokens of one forward and backward pass, at most; a batch of more adds up the gradients of several. Not with the
     auxiliary loss, which is a ratio of sums over the whole batch."""
@@ -113,9 +133,11 @@ class Student:
             x = self.normalization(x)
         tokens_after, at_once = (step + 1) * len(x), self.config.micro_batch_tokens or len(x)
         dead = self._dead_latents(step * len(x)) if self.config.aux_coefficient else None
+        seed, k = self.config.random_k_seed, self.network.config.k
+        k = k if seed is None else drawn_k(k, seed, step)
         loss = target.new_zeros(())
         for rows in zip(x.split(at_once), target.split(at_once), is_content.split(at_once), strict=True):
-            output, part = self._add_gradients(rows[0], rows[1], len(x), dead, autocast)
+            output, part = self._add_gradients(rows[0], rows[1], k, len(x), dead, autocast)
             self._observe(tokens_after, output, *rows[1:])
             loss += part
         project_gradients_(self.network.unit_length_tables())
@@ -131,17 +153,26 @@ class Student:
         self._sums["steps"] += 1
 
     def _add_gradients(
-        self, x: Tensor, target: Tensor, batch_tokens: int, dead: Tensor | None, autocast: torch.dtype | None
+        self, x: Tensor, target: Tensor, k: int, batch_tokens: int, dead: Tensor | None, autocast: torch.dtype | None
     ) -> tuple[SparseLayerOutput, Float[Tensor, ""]]:
         """Add these rows' gradients to those of the batch's other rows; return output and share of the batch's loss."""
         with torch.autocast(x.device.type, autocast, enabled=autocast is not None):
-            output = self.network(x)
+            output = self._output(x, k)
             loss = self.loss(output, target)
+            if self.config.l1_coefficient:
+                lengths = self.network.latent_lengths()[output.code.indices]
+                loss = loss + self.config.l1_coefficient * l1_penalty(output.code.values, lengths)
             if dead is not None and len(dead) > 0:
                 loss = loss + self.config.aux_coefficient * self._dead_latent_loss(dead, x, target, output)
         loss = loss * (len(x) / batch_tokens)
         loss.backward()
         return output, loss.detach()
+
+    def _output(self, x: Tensor, k: int) -> SparseLayerOutput:
+        if k == self.network.config.k:
+            return self.network(x)
+        code = self.network.encode_at(x, k)
+        return SparseLayerOutput(self.network.decode(x, code), code)
 
     def _dead_latents(self, tokens: int) -> Int[Tensor, " dead"]:
         return (tokens - self._last_fired >= self.config.dead_tokens).nonzero().squeeze(1)

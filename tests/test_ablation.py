@@ -1,0 +1,206 @@
+"""Ablations: their recipes, their pictures, and what shows that a layer has collapsed."""
+
+import math
+import os
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from mxd.evaluation.ablation import ablated_settings, draw_ablations
+from mxd.evaluation.evaluate import evaluate_run, write_evaluation
+from mxd.evaluation.expert_use import EnergyUse, collapse_warning, energy_use
+from mxd.evaluation.rows import EvaluationRow
+from mxd.layers import LAYERS, LinearTransformMixture, LinearTransformMixtureConfig, Transcoder, TranscoderConfig
+from mxd.recipes import RECIPES, ablation, ablation_stories260k, demo, find_recipe, stories260k
+from mxd.training.ablations import ABLATIONS
+from mxd.training.config import TrainConfig, values_of
+from mxd.training.grid import plan_students
+from tests.test_report import row
+from tests.test_selection import layer_of
+from tests.tiny_run import TinyRun, copied, tiny_run, training
+
+EXPERTS = (1024, 2048, 4096, 8192, 16_384, 32_768, 65_536)
+GRIDS: dict[str, dict[str, object]] = {
+    # papers.md 1.9: "ReLU vs GELU vs Swish-GLU"; the issue adds SiLU alone.
+    "activation": {"kind": ("mxd",), "activation": ("relu", "gelu", "silu"), "encoder": ("mlp", "glu")},
+    "rank": {"kind": ("mxd", "low-rank")},
+    "experts": {"kind": ("mxd",), "num_latents": EXPERTS},
+    "random-k": {"kind": ("mxd", "transcoder"), "k": (16, 32, 64), "random_k": (False, True)},
+    "selection": {
+        "kind": ("mxd", "transcoder"),
+        "k": (8, 16, 32, 64),
+        "num_latents": 1024,
+        "selection": ("topk", "batch-topk", "l1"),
+        "l1_coefficient": (3e-5, 1e-4, 3e-4, 1e-3),
+        "tokens": 2_000_000,
+        "seeds": 1,
+    },
+    "normalization": {"kind": ("mxd", "low-rank", "transcoder"), "normalize_experts": (True, False)},
+    "sae": {"kind": ("mxd", "transcoder", "topk-sae"), "k": (8, 16, 32, 64)},
+    "molt": {"kind": ("mxd", "transcoder", "molt"), "k": (8, 16, 32, 64)},
+}
+BUNDLED: dict[str, object] = {"layer": (3,), "k": (32,), "expansion": 32, "tokens": 2_000_000, "seeds": 3}
+STORIES: dict[str, object] = {"layer": (2,), "k": (16,), "expansion": 32, "tokens": 8_000_000, "seeds": 3}
+RANKS: dict[str, dict[str, tuple[int, ...]]] = {
+    "rank": {"bundled": (16, 32, 64, 128, 256), "stories": (4, 8, 16, 32, 64)},
+    "molt": {"bundled": (64, 256), "stories": (16, 64)},
+}
+STUDENTS = {"activation": 6, "rank": 6, "experts": 7, "random-k": 12, "selection": 24, "normalization": 6, "sae": 12, "molt": 16}  # fmt: skip # noqa: E501
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_a_recipe_varies_what_it_says_and_nothing_else_field_by_field(name: str) -> None:
+    assert GRIDS.keys() == ABLATIONS.keys()
+    for base, own, which, suffix in (
+        (demo(), BUNDLED, "bundled", ""),
+        (stories260k(), STORIES, "stories", "-stories"),
+    ):
+        recipe = find_recipe(f"ablation-{name}{suffix}")
+        config = recipe.config()
+        expected = own | GRIDS[name] | {"recipe": f"ablation-{name}{suffix}"}
+        expected |= {"rank": RANKS[name][which]} if name in RANKS else {}
+        assert config == replace(base, **expected)  # pyright: ignore[reportArgumentType]
+        students = plan_students(config, recipe.shape.sites(config.layer))
+        assert len(students) == STUDENTS[name] * config.seeds
+        if config.num_latents is None:
+            sizes = [student.network.num_parameters for student in students]
+            assert max(sizes) < 1.01 * min(sizes), "parameters are matched"
+    assert ablation(name, layer=1).layer == (1,)
+    assert ablation_stories260k(name, layer=4).layer == (4,)
+    assert f"ablation-{name}" in RECIPES
+
+
+def test_what_recipes_ask_for_is_what_the_command_line_can_be_given() -> None:
+    for recipe in RECIPES.values():
+        config = recipe.config()
+        assert TrainConfig(**asdict(config)) == config
+        assert all(values_of(getattr(config, name)) for name in ("selection", "rank", "activation"))
+
+
+def rows_of(**fields: tuple[object, ...]) -> list[EvaluationRow]:
+    """Rows over two seeds that differ in these fields, all at a time."""
+    return [
+        replace(row(seed=seed, ce_increase=0.01 + 0.001 * place), **dict(zip(fields, values, strict=True)))  # pyright: ignore
+        for place, values in enumerate(zip(*fields.values(), strict=True))
+        for seed in (0, 1)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("fields", "ablated"),
+    [
+        ({"activation": ("relu", "gelu")}, ["activation"]),
+        # Matched parameters move the number of latents along; alone it is a setting like others.
+        ({"rank": (8, 16, 32), "num_latents": (900, 700, 500)}, ["rank"]),
+        ({"num_latents": (1024, 4096)}, ["num-latents"]),
+        ({"encoder": ("mlp", "mlp", "glu", "glu"), "d_hidden": (8, 9, 8, 9)}, ["hidden", "encoder"]),
+        ({"selection": ("topk", "l1", "l1"), "k": (8, 1024, 1024), "k_trained": (8, 1024, 1024),
+          "l1_coefficient": (None, 0.1, 0.2), "l0": (8.0, 30.0, 12.0), "random_k": (False, None, None)}, ["selection"]),
+        ({"random_k": (False, True)}, ["random-k"]),
+        ({"k": (8, 16), "k_trained": (8, 16)}, []),
+        # Kinds that do not read a setting have null there, which is no value of it.
+        ({"kind": ("mxd", "low-rank"), "rank": (None, 8)}, []),
+    ],
+)  # fmt: skip
+def test_a_picture_is_drawn_of_each_setting_that_varies_alone(
+    fields: dict[str, tuple[object, ...]], ablated: list[str], tmp_path: Path
+) -> None:
+    rows = rows_of(**fields)
+    assert [setting.option for setting in ablated_settings(rows)] == ablated
+    assert ablated_settings([]) == []
+    written = draw_ablations(rows, tmp_path)
+    assert [path.name for path in written] == [f"ablation-{option}.png" for option in ablated]
+    assert sorted(tmp_path.iterdir()) == sorted(written)
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)
+
+
+def test_energy_is_that_of_what_each_latent_adds() -> None:
+    for kind in LAYERS:
+        layer, x = layer_of(kind).double(), torch.randn(40, 5, dtype=torch.float64)
+        code = layer.encode(x)
+        energy = torch.zeros(12, dtype=torch.float64)
+        for token in range(40):
+            for value, latent in zip(code.values[token], code.indices[token], strict=True):
+                atom = layer.atoms(x[token : token + 1], latent.view(1, 1))[0, 0]
+                energy[latent] += (value * atom).square().sum().detach()
+        shares = energy / energy.sum()
+        found = energy_use(layer, x)
+        entropy = -sum(float(share) * math.log(share) for share in shares if share > 0)
+        assert found.effective_latents == pytest.approx(math.exp(entropy), rel=1e-5)
+        assert (found.top_share, found.top_latent) == (
+            pytest.approx(float(shares.max()), rel=1e-5),
+            int(shares.argmax()),
+        )
+
+
+@pytest.mark.parametrize("alive", [1, 4])
+def test_the_effective_number_of_equal_latents_is_their_number_and_one_alone_is_a_collapse(alive: int) -> None:
+    layer = LinearTransformMixture(LinearTransformMixtureConfig(d_in=4, d_out=4, num_latents=31, rank=2, k=4))
+    with torch.no_grad():
+        layer.W_gate.zero_()
+        layer.b_gate.fill_(-1.0)[7 : 7 + alive] = 1.0
+        for latent in range(31):
+            block = slice(layer.offsets[latent], layer.offsets[latent + 1])
+            layer.W_down[:, block], layer.W_dec[block] = 0.0, 0.0
+            layer.W_down[0, block.start], layer.W_dec[block.start, 1] = 1.0, 1.0
+    use = energy_use(layer, torch.randn(20, 4))
+    assert use.effective_latents == pytest.approx(alive, rel=1e-6)
+    assert use.top_share == pytest.approx(1 / alive, rel=1e-6)
+    warning = collapse_warning("2/molt-k4", use)
+    assert (warning is not None) == (alive == 1)
+    if warning is not None:
+        assert warning.startswith("2/molt-k4 has nearly collapsed to one latent: latent 7 carries 100% of the energy")
+
+
+def test_a_layer_without_energy_is_no_collapse() -> None:
+    layer = Transcoder(TranscoderConfig(d_in=4, d_out=4, num_latents=8, k=2))
+    with torch.no_grad():
+        layer.b_enc.fill_(-100.0)
+    use = energy_use(layer, torch.randn(5, 4))
+    assert math.isnan(use.effective_latents)
+    assert math.isnan(use.top_share)
+    assert collapse_warning("x", use) is None
+    assert collapse_warning("x", EnergyUse(2.0, 0.5, 0)) is None
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
+    return tiny_run(tmp_path_factory.getbasetemp())
+
+
+def test_a_layer_is_measured_at_other_ks_than_its_own_with_the_same_weights(tiny: TinyRun, tmp_path: Path) -> None:
+    run = copied(tiny.run, tmp_path / "run")
+    evaluation = evaluate_run(run, students=["0/mxd-k4", "1/mxd-k4"], ks=[2, 4, 9], tokens=256)
+    rows = [row for row in evaluation.rows if row.layer == 0]
+    assert [(row.id, row.k, row.k_trained) for row in rows] == [
+        *(("mxd-k4", 4, 4), ("mxd-k4-at2", 2, 4), ("mxd-k4-at9", 9, 4))
+    ]
+    assert [row.l0 for row in rows] == pytest.approx([4, 2, 9], rel=0.1)
+    assert len({row.fvu for row in rows}) == 3
+    plain = evaluate_run(run, students=["0/mxd-k4"], tokens=256).rows[0]
+    assert replace(rows[0], jacobian_cosine=None) == replace(plain, jacobian_cosine=None)
+    write_evaluation(run, replace(evaluation, warnings=["<molt> has collapsed."]), title="t", footer="f")
+    page = (run / "report.html").read_text()
+    assert "at9" not in page, "the report is about what was trained"
+    assert "&lt;molt&gt; has collapsed." in page
+    with pytest.raises(ValueError, match=r"k must lie in \[1, "):
+        evaluate_run(run, students=["0/mxd-k4"], ks=[10**6])
+
+
+def test_every_ablation_is_an_option_with_several_values_of_one_command(tiny: TinyRun, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    words = training(tiny, run, kind=("mxd", "low-rank"), hidden=(8, "auto"), activation=("relu", "gelu"), rank=(2, 4))
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "80"}
+    ended = subprocess.run([sys.executable, "-m", "mxd", *words], capture_output=True, text=True, env=environment)
+    assert ended.returncode == 0, ended.stderr
+    evaluation = evaluate_run(run, tokens=256)
+    write_evaluation(run, evaluation, title="t", footer="f")
+    assert len(evaluation.rows) == 4 + 8
+    assert {row.id for row in evaluation.rows} >= {"mxd-k4-h8-relu", "low-rank-k4-h40-gelu-r2"}
+    assert {row.rank for row in evaluation.rows} == {None, 2, 4}
+    drawn = sorted(path.name for path in run.glob("ablation-*.png"))
+    assert drawn == ["ablation-activation.png", "ablation-hidden.png", "ablation-rank.png"]

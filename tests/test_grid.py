@@ -1,0 +1,178 @@
+"""Settings as axes of the grid: which students there are, what they are called, and that they train and resume."""
+
+import os
+import signal
+from collections.abc import Mapping
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mxd.data.activations import ActivationBatch
+from mxd.recipes import find_recipe
+from mxd.training.config import Settings, TrainConfig, values_of
+from mxd.training.estimate import largest_grid, memory, shape_workload
+from mxd.training.grid import StudentPlan, plan_students
+from tests.train_command import Mxd, nothing
+
+BASE = TrainConfig(model="m", text=("t",), layer=(0,), tokens=4096, kind=("mxd",), k=(8,), num_latents=64)
+SHAPE = find_recipe("stories260k").shape
+VALUES: Mapping[str, tuple[object, ...]] = {
+    "num_latents": (64, 128, 256),
+    "hidden": ("auto", 16, 32),
+    "activation": ("auto", "relu", "gelu"),
+    "encoder": ("auto", "mlp", "glu"),
+    "rank": ("auto", 4, 16),
+    "normalize_experts": (True, False),
+    "selection": ("topk", "batch-topk", "l1"),
+    "l1_coefficient": (None, 0.1, 0.01),
+    "random_k": (False, True),
+}
+
+
+def students_of(**changes: object) -> list[StudentPlan]:
+    config = replace(BASE, **changes)  # pyright: ignore[reportArgumentType]
+    return plan_students(config, SHAPE.sites(config.layer))
+
+
+def ids_of(**changes: object) -> list[str]:
+    return [student.id for student in students_of(**changes)]
+
+
+def test_a_setting_multiplies_only_the_kinds_that_read_it_and_names_what_it_changes() -> None:
+    assert set(VALUES) == set(Settings._fields)
+    everyone = ("mxd", "transcoder", "skip-transcoder", "topk-sae", "low-rank", "molt")
+    found = ids_of(kind=everyone, hidden=("auto", 64), rank=(4, 16), normalize_experts=(True, False))
+    mixtures = [f"h{hidden}" for hidden in (172, 64)]
+    assert found == [
+        *(f"mxd-k8-{hidden}-{rows}" for hidden, rows in product(mixtures, ("unit", "free"))),
+        *("transcoder-k8-unit", "transcoder-k8-free", "skip-transcoder-k8", "topk-sae-k8-unit", "topk-sae-k8-free"),
+        *(f"low-rank-k8-{h}-{r}-{rows}" for h, r, rows in product(mixtures, ("r4", "r16"), ("unit", "free"))),
+        *("molt-k8-r4", "molt-k8-r16"),
+    ]
+    assert ids_of(activation=("auto", "relu", "silu"), encoder=("mlp", "glu")) == [
+        *("mxd-k8-silu-mlp", "mxd-k8-silu-glu", "mxd-k8-relu-mlp", "mxd-k8-relu-glu")
+    ], "the model's own activation is silu"
+    assert ids_of(num_latents=(64, 128), k=(8, 16)) == [f"mxd-k{k}-n{n}" for k in (8, 16) for n in (64, 128)]
+
+
+def test_what_a_selection_does_not_read_makes_no_student() -> None:
+    asked = {"selection": ("topk", "batch-topk", "l1"), "l1_coefficient": (0.1, 0.01), "random_k": (False, True)}
+    found = students_of(k=(4, 8), **asked)
+    assert [student.id for student in found] == [
+        *("mxd-k4-topk-fixed", "mxd-k4-topk-random", "mxd-k4-batch-topk", "mxd-k64-l1-c0.1", "mxd-k64-l1-c0.01"),
+        *("mxd-k8-topk-fixed", "mxd-k8-topk-random", "mxd-k8-batch-topk"),
+    ]
+    assert [student.l1_coefficient for student in found] == [0, 0, 0, 0.1, 0.01, 0, 0, 0]
+    assert [student.random_k for student in found] == [False, True, False, False, False, False, True, False]
+
+
+def test_one_value_of_everything_is_named_by_kind_and_k_alone() -> None:
+    assert ids_of() == ["mxd-k8"]
+    assert ids_of(activation=("relu",), hidden=16, selection=("batch-topk",), seeds=2) == [
+        "mxd-k8-seed0",
+        "mxd-k8-seed1",
+    ]
+    one = students_of(activation="relu", hidden=16, rank=4, selection="batch-topk", kind=("mxd", "low-rank"))
+    listed = {"activation": ("relu",), "hidden": (16,), "rank": (4,), "selection": ("batch-topk",)}
+    several = students_of(kind=("mxd", "low-rank"), **listed)
+    assert one == several
+
+
+@st.composite
+def grids(draw: st.DrawFn) -> dict[str, object]:
+    def some(values: tuple[object, ...], most: int = 3) -> tuple[object, ...]:
+        return tuple(draw(st.lists(st.sampled_from(values), min_size=1, max_size=most, unique=True)))
+
+    grid: dict[str, object] = {name: some(VALUES[name], 2) for name in VALUES}
+    grid |= {
+        "kind": some(("mxd", "transcoder", "low-rank", "molt")),
+        "k": some((2, 8)),
+        "seeds": draw(st.integers(1, 2)),
+    }
+    selections = values_of(grid["selection"])
+    grid["l1_coefficient"] = some((0.1, 0.01), 2) if "l1" in selections else None
+    grid["random_k"] = grid["random_k"] if "topk" in selections else False
+    return grid
+
+
+@settings(deadline=None, max_examples=12)
+@given(grids())
+def test_ids_are_unique_and_neither_order_nor_a_sibling_of_another_kind_changes_them(
+    grid: dict[str, object],
+) -> None:
+    students = students_of(**grid)
+    assert len({student.id for student in students}) == len(students)
+    assert len({replace(student, id="") for student in students}) == len(students), "no two students are alike"
+    turned = {name: value[::-1] if isinstance(value, tuple) and name != "k" else value for name, value in grid.items()}
+    assert {s.id: replace(s, id="") for s in students_of(**turned)} == {s.id: replace(s, id="") for s in students}
+    for kind in values_of(grid["kind"]):
+        alone = students_of(**(grid | {"kind": (kind,)}))
+        assert alone == [student for student in students if student.kind == kind]
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"activation": ("relu", "relu")}, "activation must name each only once; got relu relu"),
+        ({"hidden": ()}, "hidden must name at least one; got none"),
+        ({"activation": ("relu", "rely")}, "activation must be one of relu.*got 'rely'"),
+        ({"rank": (4, 0)}, "rank must be at least 1; got 0"),
+        ({"num_latents": (64, 4)}, "k must be at most num-latents, 4; got 8"),
+        ({"selection": "l1"}, "l1-coefficient must be given with selection l1 and only with it; got none"),
+        ({"l1_coefficient": 0.1}, "l1-coefficient must be given with.*got 0.1 with selection topk"),
+        ({"selection": "l1", "l1_coefficient": (0.1, -1.0)}, "l1-coefficient must be finite positive numbers"),
+        ({"selection": "batch-topk", "random_k": True}, "random-k needs selection topk.*got batch-topk"),
+        ({"selection": "batch-topk", "micro_batch_tokens": 64}, "micro-batch-tokens must be left out.*got 64"),
+        ({"k": (48,), "random_k": True}, "k must be at most two thirds of the number of latents.*got 48 of 64 for mxd"),
+        ({"selection": "batch-topk", "num_latents": 8193}, "at most 8,192 with selection batch-topk"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused_in_a_sentence(changes: dict[str, object], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        students_of(**changes)
+
+
+def test_the_largest_part_of_a_grid_counts_every_setting() -> None:
+    config = replace(BASE, kind=("mxd", "transcoder"), k=(4, 8), hidden=(16, 64), seeds=2, device="cpu")
+    config = replace(config, num_latents=4096, buffer_tokens=4096)
+    whole = shape_workload(config, SHAPE)
+    found = largest_grid(whole, memory(whole).total)
+    assert found is not None
+    assert (found.students, found.ks, found.seeds) == (12, (4, 8), 2)
+    part = largest_grid(whole, memory(shape_workload(replace(config, k=(8,)), SHAPE)).total)
+    assert part is not None
+    assert part.students == 6, "two hidden widths of mxd and one transcoder, with one k and two seeds or the reverse"
+
+
+@pytest.fixture
+def mxd(llama: Path, text: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Mxd:
+    return Mxd(llama, text, capsys, monkeypatch)
+
+
+def test_batch_topk_and_random_k_resume_bit_for_bit(mxd: Mxd, tmp_path: Path) -> None:
+    words = ["--kind", "transcoder", "--selection", "topk", "batch-topk", "--random-k", "False", "True"]
+    words += ["--snapshot-every", "600"]
+
+    def files(run: Path) -> dict[str, bytes]:
+        return {str(path.relative_to(run)): path.read_bytes() for path in run.glob("layers/*/*/*")}
+
+    def stop(step: int, batch: ActivationBatch) -> None:
+        if step == 13:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    assert mxd(tmp_path / "whole", *words).status == 0
+    mxd.before_batch = stop
+    assert mxd(tmp_path / "parts", *words).status == 130
+    mxd.before_batch = nothing
+    assert mxd(tmp_path / "parts", *words, "--resume").status == 0
+    assert mxd.steps[0] == 14
+    expected = files(tmp_path / "whole")
+    names = {name.split("/")[2] for name in expected}
+    assert names == {"transcoder-k4-topk-fixed", "transcoder-k4-topk-random", "transcoder-k4-batch-topk"}
+    assert files(tmp_path / "parts") == expected
+    one, other = (expected[f"layers/0/transcoder-k4-topk-{how}/model.safetensors"] for how in ("fixed", "random"))
+    assert one != other
