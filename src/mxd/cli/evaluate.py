@@ -33,7 +33,8 @@ def evaluate(
             stands, if its form (text, or token ids) is the same.
         tokens: Tokens to evaluate on, at most.
         student: Ids such as mxd-k32 or 8/mxd-k32; all by default.
-        together: Also measure the model with all these layers in place at once; needs one student a layer.
+        together: Also measure the model with all layers replaced at once, by each student that all of them have
+            (together/mxd-k32), or where there is one student a layer by these.
         device: Where to run; where the run was trained by default.
         json_: Print the rows as one JSON array.
     """

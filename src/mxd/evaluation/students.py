@@ -7,6 +7,7 @@ from typing import Any
 
 from mxd.checkpoint import Provenance, load_checkpoint
 from mxd.evaluation.faithfulness import Candidate
+from mxd.evaluation.rows import TOGETHER
 from mxd.runs.run import CONFIGURATION_FILE
 
 
@@ -57,16 +58,27 @@ def load_students(
     return students
 
 
-def require_one_per_layer(students: Sequence[TrainedStudent]) -> None:
-    """Check that students can stand in a model all at once.
+def settings_together(students: Sequence[TrainedStudent]) -> dict[str, list[TrainedStudent]]:
+    """Return which students stand in a model all at once, by the ids of their rows.
+
+    Each id that every layer has is one setting, `together/<id>`; where there is none, but one student a layer, they are
+    `together`.
 
     Raises:
-        ValueError: If two of them replace the same MLP.
+        ValueError: If there is one layer alone, or several students a layer and no id that every layer has.
     """
-    layers = [student.candidate.layer for student in students]
-    doubled = sorted({layer for layer in layers if layers.count(layer) > 1})
-    if doubled:
+    layers = sorted({student.candidate.layer for student in students})
+    if len(layers) == 1:
+        raise ValueError(f"together needs students of several layers; all are of layer {layers[0]}. Leave it out.")
+    by_id: dict[str, list[TrainedStudent]] = {}
+    for student in students:
+        by_id.setdefault(student.id, []).append(student)
+    everywhere = {f"{TOGETHER}/{id}": members for id, members in by_id.items() if len(members) == len(layers)}
+    if everywhere:
+        return everywhere
+    if len(students) > len(layers):
         raise ValueError(
-            f"together needs one student a layer; layer {', '.join(map(str, doubled))} has several. "
-            "Choose with --student, as in --student mxd-k32."
+            f"together needs students of the same name on all of the layers {', '.join(map(str, layers))}, or one "
+            "student a layer; no name is on all of them. Choose with --student, as in --student 0/mxd-k16 1/mxd-k32."
         )
+    return {TOGETHER: list(students)}

@@ -1,0 +1,78 @@
+"""Students of several runs beside each other: what tells them apart, and which are seeds of one setting."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mxd.evaluation.drawing import split_student
+from mxd.evaluation.rows import EvaluationRow
+
+_NO_SETTINGS = {
+    *("model", "revision", "module", "layer", "kind", "k", "seed", "seeds", "eval_tokens", "recipe"),
+    *("cache", "device", "threads", "buffer_tokens", "micro_batch_tokens", "special_positions"),
+}
+"""What of a run's configuration is named elsewhere, or decides where and how fast it was trained and not what."""
+
+
+class RunRows(NamedTuple):
+    """The rows of one run."""
+
+    run: Path
+    """Its folder."""
+    config: Mapping[str, Any]
+    """The `config` of its run.json."""
+    rows: Sequence[EvaluationRow]
+    """What was measured of it."""
+
+
+def beside_each_other(runs: Sequence[RunRows]) -> list[list[EvaluationRow]]:
+    """Return each run's rows with ids that are unique among all runs.
+
+    Where runs have students of one name, those that were trained alike but for their seed are seeds of one setting,
+    and their ids name the seed; others are settings of their own, and their ids name every option in which the runs
+    differ, as in `mxd-k16-lr=0.001`, and the run's folder where nothing else tells them apart.
+    """
+    renamed = [list(measured.rows) for measured in runs]
+    for group in dict.fromkeys(_group(row) for measured in runs for row in measured.rows):
+        having = [number for number, measured in enumerate(runs) if any(_group(row) == group for row in measured.rows)]
+        if len(having) == 1:
+            continue
+        suffixes = _suffixes([runs[number] for number in having], group)
+        for number, suffix in zip(having, suffixes, strict=True):
+            renamed[number] = [_renamed(row, suffix) if _group(row) == group else row for row in renamed[number]]
+    return renamed
+
+
+def _group(row: EvaluationRow) -> str:
+    return split_student(row.student)[0]
+
+
+def _renamed(row: EvaluationRow, suffix: str) -> EvaluationRow:
+    seed = "" if row.seed is None or "-seed" in row.id else f"-seed{row.seed}"
+    return replace(row, id=f"{row.id}{suffix}{seed}")
+
+
+def _suffixes(runs: Sequence[RunRows], group: str) -> list[str]:
+    """Return what the ids of a group's students must say beyond their names, run by run."""
+    names = sorted({name for measured in runs for name in measured.config} - _NO_SETTINGS)
+    differing = [name for name in names if any(m.config.get(name) != runs[0].config.get(name) for m in runs)]
+    suffixes = ["".join(f"-{name}={_word(m.config.get(name))}" for name in differing) for m in runs]
+    seen: dict[tuple[object, ...], set[str]] = {}
+    for measured, suffix in zip(runs, suffixes, strict=True):
+        for row in measured.rows:
+            if _group(row) == group:
+                seen.setdefault((suffix, row.layer, row.k, row.seed), set()).add(str(measured.run))
+    doubled = {run for found in seen.values() if len(found) > 1 for run in found}
+    return [
+        suffix + (f"-{_word(str(m.run))}" if str(m.run) in doubled else "")
+        for m, suffix in zip(runs, suffixes, strict=True)
+    ]
+
+
+def _word(value: object) -> str:
+    """Return a value as a part of an id."""
+    text = "+".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    # Of a path the last folder says enough, unless another ends alike; "-" would begin another part of the id.
+    return re.sub(r"[^\w.+=]+", "_", text).strip("_")
