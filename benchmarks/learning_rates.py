@@ -53,7 +53,9 @@ def sweep(plan: Plan, rates: list[float]) -> list[dict[str, object]]:
         num_tokens=config.eval_tokens,
         vocab_size=vocabulary_size(plan.language_model.model),
     )
-    text = EvaluationText(contexts=held_out.contexts, special_ids=special_tokens(tokenizer))
+    text = EvaluationText(
+        contexts=held_out.contexts, documents=held_out.documents, special_ids=special_tokens(tokenizer)
+    )
     candidates = [Candidate(name=s.id, layer=s.layer, network=s.network) for s in students.values()]
     quality = reconstructions(plan.language_model.model, candidates, text)
     return [

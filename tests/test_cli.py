@@ -47,18 +47,22 @@ KEYS = [
     "flops_per_token",
     "tokens_trained",
     "tokens_evaluated",
+    "documents_evaluated",
     "l0",
     "nmse",
     "fvu",
     "ce_base",
     "ce",
     "ce_increase",
+    "ce_increase_interval",
     "ce_zero",
     "ce_mean",
     "loss_recovered",
+    "loss_recovered_interval",
     "bits_per_byte_base",
     "bits_per_byte",
     "kl",
+    "kl_interval",
     "dead_fraction",
     "specialisation",
     "specialisation_constant_gain",
@@ -202,7 +206,7 @@ def test_json_is_one_array_with_exactly_the_documented_keys(mxd: Command, tiny: 
     ended = mxd("evaluate", run, "--json", "--together", "--student", "mxd-k4")
     assert (ended.status, ended.err) == (0, "")
     rows = cast("list[Settings]", json.loads(ended.out))
-    assert [(row["layer"], row["id"]) for row in rows] == [(0, "mxd-k4"), (1, "mxd-k4"), (None, "together")]
+    assert [(row["layer"], row["id"]) for row in rows] == [(0, "mxd-k4"), (1, "mxd-k4"), (None, "together/mxd-k4")]
     assert all(sorted(row) == sorted(KEYS) for row in rows)
     assert not (run / "evaluation.json").exists(), "a part of the run must not stand for the whole"
 

@@ -196,7 +196,12 @@ REFUSED_RUNS: dict[str, tuple[Callable[[TinyRun, Path], None], str, tuple[str, .
     "missing layer": (missing_layer, "", ("there is none at", "0/mxd-k4", "Check the path")),
     "model of other widths": (wider_model, "", ("must be evaluated with the model that it was trained on", "Restore")),
     "unknown student": (as_it_is, "--student mxd-k9", ("has no student mxd-k9", "1/topk-sae-k4")),
-    "several in a layer": (as_it_is, "--together", ("one student a layer", "layer 0, 1", "--student")),
+    "none on all layers": (
+        as_it_is,
+        "--together --student 0/mxd-k4 0/transcoder-k4 1/topk-sae-k4",
+        ("the same name on all of the layers 0, 1", "one student a layer", "--student"),
+    ),
+    "one layer together": (as_it_is, "--together --student 0/mxd-k4", ("students of several layers", "layer 0")),
     "unknown device": (as_it_is, "--device abacus", ("device must be one", "'abacus' is not", "Choose cpu")),
     "device without data": (as_it_is, "--device meta", ("device must be one", "'meta' is not")),
     "no tokens": (as_it_is, "--tokens 0", ("must fill one context", "got 0 tokens")),

@@ -29,7 +29,8 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 @pytest.fixture(scope="module")
 def text() -> EvaluationText:
     generator = torch.Generator().manual_seed(0)
-    return EvaluationText(contexts=torch.randint(0, 256, (24, CONTEXT), generator=generator), special_ids=[])
+    contexts = torch.randint(0, 256, (24, CONTEXT), generator=generator)
+    return EvaluationText(contexts=contexts, documents=torch.zeros_like(contexts), special_ids=[])
 
 
 def variants(model: nn.Module) -> dict[str, Variant]:

@@ -66,7 +66,7 @@ def test_what_a_selection_does_not_read_makes_no_student() -> None:
         *("mxd-k4-topk-fixed", "mxd-k4-topk-random", "mxd-k4-batch-topk", "mxd-k64-l1-c0.1", "mxd-k64-l1-c0.01"),
         *("mxd-k8-topk-fixed", "mxd-k8-topk-random", "mxd-k8-batch-topk"),
     ]
-    assert [student.l1_coefficient for student in found] == [0, 0, 0, 0.1, 0.01, 0, 0, 0]
+    assert [student.l1_coefficient for student in found] == [None, None, None, 0.1, 0.01, None, None, None]
     assert [student.random_k for student in found] == [False, True, False, False, False, False, True, False]
 
 

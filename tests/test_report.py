@@ -6,6 +6,7 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from rich.console import Console
@@ -15,6 +16,7 @@ from mxd.evaluation.curves import draw_curves, read_curves
 from mxd.evaluation.drawing import compact, describe, split_student
 from mxd.evaluation.expert_use import UseHistogram
 from mxd.evaluation.frontier import draw_frontier, frontier_svg
+from mxd.evaluation.grid import frontier_points
 from mxd.evaluation.histograms import use_svgs
 from mxd.evaluation.report import ExpertExample, ExpertPage, write_report
 from mxd.evaluation.rows import EvaluationRow
@@ -49,18 +51,22 @@ def row(kind: str = "mxd", k: int = 32, layer: int = 8, ce_increase: float = 0.0
         flops_per_token=42_500_000,
         tokens_trained=20_000_000,
         tokens_evaluated=262_144,
+        documents_evaluated=512,
         l0=k - 0.5,
         nmse=abs(ce_increase) * 6,
         fvu=abs(ce_increase) * 7,
         ce_base=3.6,
         ce=3.6 + ce_increase,
         ce_increase=ce_increase,
+        ce_increase_interval=(ce_increase - 0.001, ce_increase + 0.002),
         ce_zero=3.8,
         ce_mean=3.75,
         bits_per_byte_base=1.18,
         bits_per_byte=1.18 + ce_increase / 3,
         loss_recovered=1 - ce_increase / 0.2,
+        loss_recovered_interval=None,
         kl=abs(ce_increase),
+        kl_interval=(abs(ce_increase) * 0.9, abs(ce_increase) * 1.2),
         dead_fraction=0.125,
         specialisation=0.3 if kind == "mxd" else None,
         specialisation_constant_gain=0.4 if kind == "mxd" else None,
@@ -99,6 +105,10 @@ def together() -> EvaluationRow:
     unmeasured |= dict.fromkeys(["fvu_permuted", "k_trained", "encoder", "rank", "normalize_experts", "selection"])
     unmeasured |= dict.fromkeys(["l1_coefficient", "random_k", "effective_latents", "top_energy_share"])
     return dataclasses.replace(row(), id="together", kind="together", **nothing, **unmeasured)
+
+
+def all_layers(kind: str = "mxd", k: int = 32) -> EvaluationRow:
+    return dataclasses.replace(row(kind, k, ce_increase=0.4), id=f"together/{kind}-k{k}", layer=None, nmse=None)
 
 
 def records(steps: int = 500) -> list[dict[str, JSON]]:
@@ -145,7 +155,7 @@ class Page(HTMLParser):
 
 
 def test_a_row_survives_json() -> None:
-    for original in (row(), row("transcoder"), together()):
+    for original in (row(), row("transcoder"), together(), all_layers()):
         assert EvaluationRow.from_json(json.loads(json.dumps(original.to_json()))) == original
     diverged = dataclasses.replace(row(), ce=math.nan, fvu=math.inf)
     read = EvaluationRow.from_json(json.loads(json.dumps(diverged.to_json(), allow_nan=False)) | {"later": 1})
@@ -161,6 +171,8 @@ def test_a_row_survives_json() -> None:
         ({"ngram_agreement": 0.9}, "'ngram_agreement'"),
         ({"ngram_agreement": ["0.9"]}, "'ngram_agreement'"),
         ({"ngram_agreement": None}, "'ngram_agreement'"),
+        ({"kl_interval": [0.1]}, "'kl_interval'"),
+        ({"kl_interval": [0.1, None]}, "'kl_interval'"),
     ],
 )
 def test_a_row_of_another_shape_is_refused(change: dict[str, JSON], message: str) -> None:
@@ -178,28 +190,31 @@ def test_a_row_of_another_shape_is_refused(change: dict[str, JSON], message: str
         pytest.param(frontier((16, 32, 64, 128, 256)), id="five Ks"),
         pytest.param(frontier((16, 32, 64), layers=(4, 8), shift=0.002), id="negative increases, two layers"),
         pytest.param([*frontier((16, 32, 64)), row(k=16, seed=1), together()], id="two seeds, all layers together"),
+        pytest.param([row(k=k, seed=n) for k in (4, 8, 16) for n in range(3)] + [all_layers(k=4)], id="three seeds"),
         pytest.param([row(ce_increase=0.0)], id="a single perfect student"),
         pytest.param([row(ce_increase=math.nan)], id="a diverged student"),
     ],
 )
 def test_the_frontier_is_a_picture(rows: list[EvaluationRow], tmp_path: Path) -> None:
-    path = tmp_path / "frontier.png"
-    draw_frontier(rows, path)
+    path, vectors = tmp_path / "frontier.png", tmp_path / "frontier.svg"
+    draw_frontier(rows, path, vectors)
     assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     assert path.stat().st_size > 10_000
-    assert [file.name for file in tmp_path.iterdir()] == ["frontier.png"]
+    assert ElementTree.parse(vectors).getroot().tag == "{http://www.w3.org/2000/svg}svg"
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["frontier.png", "frontier.svg"]
 
 
 def test_there_must_be_something_to_draw(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="row with a layer"):
+    with pytest.raises(ValueError, match="row with a K"):
         draw_frontier([together()], tmp_path / "frontier.png")
     with pytest.raises(ValueError, match="curve"):
         draw_curves([], tmp_path / "curves.png")
 
 
 def test_a_panel_for_the_page_takes_its_colours_from_the_page() -> None:
-    panel = frontier_svg(frontier((16, 32, 64)), 8, "nmse")
-    assert panel == frontier_svg(frontier((16, 32, 64)), 8, "nmse")
+    points = frontier_points(frontier((16, 32, 64)))
+    panel = frontier_svg(points, 8, "nmse")
+    assert panel == frontier_svg(points, 8, "nmse")
     assert "var(--kind-mxd, #0072b2)" in panel
     assert "var(--ink, #1f2328)" in panel
     assert Page(panel).tags[0] == "svg"
@@ -251,7 +266,7 @@ def test_the_best_of_the_same_layer_and_k_is_marked() -> None:
 
 
 def test_tables_of_text_hold_the_numbers() -> None:
-    rows = [row(), row("transcoder", ce_increase=0.0456), row(layer=4), together()]
+    rows = [row(), row("transcoder", ce_increase=0.0456), row(layer=4), all_layers("transcoder")]
     console = Console(width=80, record=True, file=io.StringIO())
     console.print(format_table(rows))
     text = console.export_text()
@@ -293,17 +308,17 @@ def test_the_report_is_whole_and_escapes_what_it_shows(tmp_path: Path) -> None:
     html = (tmp_path / "report.html").read_text(encoding="utf-8")
     page = Page(html)
     assert html.startswith("<!doctype html>")
-    assert "script" not in page.tags
+    assert page.tags.count("script") == 2, "the frontier's numbers and what draws them"
     assert page.text.count(evil) == 1 + 1 + 2 + 1 + 5
     # Tokens keep their spaces; a line break is one, and shown as one.
     assert "(x):\n\treturn" + evil + "␀\n" in page.text
     assert page.tags.count("mark") == 5
-    assert page.tags.count("tr") == 2 * (1 + len(rows) + 2)
+    assert page.tags.count("tr") == 2 * (1 + len(rows) + 3)
     assert "fires on 0.2% of tokens" in page.text
     assert "Two experts of mxd-k32" in page.text
     assert all(address.startswith("#") for address in page.addresses)
-    assert len({name for name in page.ids if not name.startswith(("m", "p", "C"))}) == 6 + 2
-    assert page.tags.count("svg") == 4 + 1 + 2
+    assert len({name for name in page.ids if not name.startswith(("m", "p", "C"))}) == 6 + 2 + 3
+    assert page.tags.count("svg") == 2 * 4 + 1 + 2
 
 
 def test_a_long_context_is_cut_around_its_peak(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import tyro
 from rich.console import Console
 
 from mxd.evaluation.evaluate import evaluate_run, write_evaluation
+from mxd.evaluation.expert_use import collapse_warnings
 from mxd.evaluation.tables import format_table
 
 
@@ -26,8 +27,7 @@ def evaluate(
     """Put a run's layers back into their model and measure what changes, on held-out text.
 
     Writes RUN/evaluation.json, RUN/frontier.png, RUN/report.html and RUN/ablation-<setting>.png for each setting that
-    the run has several values of, unless --text or --student ask for something
-    else than the whole run on its own text.
+    the run has several values of, unless --text or --student ask for something else than the whole run on its own text.
 
     Args:
         run: Folder of a finished run.
@@ -36,7 +36,8 @@ def evaluate(
         tokens: Tokens to evaluate on, at most.
         student: Ids such as mxd-k32 or 8/mxd-k32; all by default.
         k: Also measure each student at these numbers of active latents, which it need not have been trained with.
-        together: Also measure the model with all these layers in place at once; needs one student a layer.
+        together: Also measure the model with all layers replaced at once, by each student that all of them have
+            (together/mxd-k32), or where there is one student a layer by these.
         device: Where to run; where the run was trained by default.
         json_: Print the rows as one JSON array.
     """
@@ -51,7 +52,7 @@ def evaluate(
     Console().print(format_table(evaluation.rows))
     # Square brackets in the name of a folder are no markup.
     console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
-    for warning in evaluation.warnings:
+    for warning in collapse_warnings(evaluation.rows):
         console.print(warning)
     if is_whole:
         console.print(f"Wrote {run}/evaluation.json, frontier.png and report.html.")

@@ -23,6 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     from mxd.cli.demo import demo
     from mxd.cli.evaluate import evaluate
+    from mxd.cli.frontier import frontier
     from mxd.cli.numbers import COUNTS
     from mxd.cli.train import LIST, recipe_named, show_recipes, train_from
     from mxd.runs.snapshots import SnapshotError
@@ -36,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             show_recipes()
             sys.exit(DONE)
         tyro.extras.subcommand_cli_from_dict(
-            {"train": train_from(recipe), "evaluate": evaluate, "demo": demo},
+            {"train": train_from(recipe), "evaluate": evaluate, "frontier": frontier, "demo": demo},
             prog="mxd",
             description="Decompose the MLP layers of language models into sparse layers that can replace them.",
             args=given or ["--help"],

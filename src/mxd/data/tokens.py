@@ -262,6 +262,9 @@ class HeldOut(NamedTuple):
 
     contexts: Int[Tensor, "n context"]
     """Contexts in the order of the documents, none twice."""
+    documents: Int[Tensor, "n context"]
+    """Number of the document that each token comes from, counted from 0; the token that begins a context counts to the
+    document of the next."""
     num_bytes: int | None
     """Bytes of UTF-8 that the scored tokens stand for: all but each context's first. None without a tokenizer."""
 
@@ -301,11 +304,15 @@ def held_out_contexts(
             f"The held-out documents of {source.name} must fill one context of {context} tokens; they hold {length}. "
             "Give more text, or choose a shorter --context."
         )
-    stream = np.concatenate(parts)[: min(wanted, length // body * body)].astype(np.int64).reshape(-1, body)
+    kept = min(wanted, length // body * body)
+    stream = np.concatenate(parts)[:kept].astype(np.int64).reshape(-1, body)
+    documents = np.repeat(np.arange(len(parts)), [len(part) for part in parts])[:kept].reshape(-1, body)
     if bos is not None:
         stream = np.pad(stream, ((0, 0), (1, 0)), constant_values=bos)
+        documents = np.pad(documents, ((0, 0), (1, 0)), mode="edge")
     contexts = torch.from_numpy(stream)
-    return HeldOut(contexts, None if tokenizer is None else _num_bytes(contexts, tokenizer))
+    num_bytes = None if tokenizer is None else _num_bytes(contexts, tokenizer)
+    return HeldOut(contexts, torch.from_numpy(documents), num_bytes)
 
 
 def special_tokens(tokenizer: Tokenizer | None) -> frozenset[int]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from mxd.atomic import write_bytes_atomically
 from mxd.evaluation.drawing import GRID, KindStyle, add_legend, describe, figure, kind_style, png
-from mxd.evaluation.rows import TOGETHER, EvaluationRow
+from mxd.evaluation.rows import EvaluationRow
 
 if TYPE_CHECKING:
     import matplotlib.axes
@@ -77,7 +77,7 @@ class _Point(NamedTuple):
 
 def ablated_settings(rows: Sequence[EvaluationRow]) -> list[Setting]:
     """Return the settings in which students of one layer, kind and seed differ while the others agree."""
-    students = [row for row in rows if row.kind != TOGETHER]
+    students = [row for row in rows if row.layer is not None]
     return [setting for setting in SETTINGS if _differs(setting, students)]
 
 
@@ -88,7 +88,7 @@ def draw_ablations(rows: Sequence[EvaluationRow], folder: Path) -> list[Path]:
     is the mean over seeds, and its bar reaches from the smallest to the largest. What is not finite is left out.
     """
     settings = ablated_settings(rows)
-    students = [row for row in rows if row.kind != TOGETHER]
+    students = [row for row in rows if row.layer is not None]
     paths: list[Path] = []
     for setting in settings:
         others = [other for other in settings if other is not setting]

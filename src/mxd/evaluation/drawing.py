@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from html import escape
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mxd.evaluation.rows import TOGETHER, EvaluationRow
+from mxd.evaluation.rows import EvaluationRow
 
 if TYPE_CHECKING:
     import matplotlib.axes
@@ -109,7 +109,8 @@ def compact(count: int | float) -> str:
 
 def describe(rows: Sequence[EvaluationRow]) -> str:
     """Return in a line the students' parameters and the tokens they were trained and evaluated on."""
-    students = [row for row in rows if row.kind != TOGETHER]
+    # Those that stand in together are the same students.
+    students = [row for row in rows if row.layer is not None] or rows
     sizes = [row.parameters for row in students if row.parameters is not None]
     parts = [f"{_span(sizes)} parameters" + (" each" if len(sizes) > 1 else "")] if sizes else []
     for name, counts in (
@@ -173,6 +174,13 @@ def png(drawing: "matplotlib.figure.Figure") -> bytes:
     """Return the figure as a PNG of 160 dots an inch."""
     target = io.BytesIO()
     drawing.savefig(target, format="png", dpi=160, facecolor="white")
+    return target.getvalue()
+
+
+def svg_file(drawing: "matplotlib.figure.Figure") -> bytes:
+    """Return the figure as an SVG file, the same for the same figure."""
+    target = io.BytesIO()
+    drawing.savefig(target, format="svg", facecolor="white", metadata={"Date": None})
     return target.getvalue()
 
 

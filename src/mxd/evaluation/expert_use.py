@@ -1,6 +1,7 @@
 """How a layer's load is spread over its latents, and what hangs on which of them fires."""
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -8,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mxd.evaluation.collect import LatentStatistics
+from mxd.evaluation.rows import EvaluationRow
 from mxd.layers import SparseCode, SparseLayer
 from mxd.metrics import error_sums
 
@@ -45,8 +47,6 @@ class EnergyUse(NamedTuple):
     is n where n latents share it equally, 1 where one has it all, and NaN where there is no energy."""
     top_share: float
     """Share of the latent that has most; NaN where there is no energy."""
-    top_latent: int
-    """That latent's number."""
 
 
 class UseHistogram(NamedTuple):
@@ -108,17 +108,18 @@ def energy_use(layer: SparseLayer, x: Float[Tensor, "tokens d_in"]) -> EnergyUse
         lengths = torch.linalg.vector_norm(layer.atoms(rows, indices).float(), dim=-1)
         energy.index_add_(0, indices.flatten().cpu(), (values * lengths).square().flatten().cpu().double())
     shares = energy / energy.sum()
-    return EnergyUse(torch.special.entr(shares).sum().exp().item(), shares.max().item(), int(shares.argmax()))
+    return EnergyUse(torch.special.entr(shares).sum().exp().item(), shares.max().item())
 
 
-def collapse_warning(name: str, use: EnergyUse) -> str | None:
-    """Return a sentence about a layer of whose energy one latent carries more than half; None for any other."""
-    if not use.top_share > COLLAPSED_SHARE:
-        return None
-    return (
-        f"{name} has nearly collapsed to one latent: latent {use.top_latent} carries {100 * use.top_share:.0f}% of the "
-        f"energy of what its latents add to the prediction (effective number of latents: {use.effective_latents:.1f})."
-    )
+def collapse_warnings(rows: Sequence[EvaluationRow]) -> list[str]:
+    """Return a sentence about each student of whose energy one latent carries more than half."""
+    return [
+        f"{row.layer}/{row.id} has nearly collapsed to one latent, which carries {100 * row.top_energy_share:.0f}% of "
+        f"the energy of what its latents add to the prediction (effective number of latents: "
+        f"{row.effective_latents:.1f})."
+        for row in rows
+        if row.top_energy_share is not None and row.top_energy_share > COLLAPSED_SHARE
+    ]
 
 
 @torch.no_grad()

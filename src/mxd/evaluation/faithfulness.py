@@ -45,6 +45,8 @@ class EvaluationText:
 
     contexts: Int[Tensor, "n context"]
     """Held-out tokens."""
+    documents: Int[Tensor, "n context"]
+    """Number of the document that each of them comes from, counted from 0."""
     special_ids: Collection[int]
     """Tokens that are no content (BOS, padding): reconstruction metrics leave their positions out."""
     passthrough: bool = False
@@ -73,14 +75,26 @@ class Reconstruction:
     """How far its experts disagree; None for kinds without a dense branch."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, eq=False, slots=True)
 class ModelLoss:
-    """How well a model predicts the next token."""
+    """How well a model predicts the tokens of each document, in nats and float64."""
 
-    ce: float
-    """Mean cross-entropy, in nats a token."""
-    kl: float
-    """Mean KL(original ‖ this model), in nats a token."""
+    ce_sums: Float[Tensor, " documents"]
+    """Cross-entropy, summed over a document's tokens."""
+    kl_sums: Float[Tensor, " documents"]
+    """KL(original ‖ this model), summed likewise."""
+    tokens: Int[Tensor, " documents"]
+    """Tokens of each document that are predicted: all but those that begin a context."""
+
+    @property
+    def ce(self) -> float:
+        """Mean cross-entropy, in nats a token."""
+        return float(self.ce_sums.sum() / self.tokens.sum())
+
+    @property
+    def kl(self) -> float:
+        """Mean KL(original ‖ this model), in nats a token."""
+        return float(self.kl_sums.sum() / self.tokens.sum())
 
 
 @torch.no_grad()
@@ -137,7 +151,7 @@ class _Judge:
 
 @torch.no_grad()
 def model_losses(model: nn.Module, variants: Mapping[str, Variant], text: EvaluationText) -> dict[str, ModelLoss]:
-    """Return the loss of the model in each variant, and its distance from the model as it is.
+    """Return the loss of the model in each variant, and its distance from the model as it is, document by document.
 
     Args:
         model: A language model.
@@ -148,23 +162,20 @@ def model_losses(model: nn.Module, variants: Mapping[str, Variant], text: Evalua
         The losses by name; `""` is the model as it is.
     """
     variants = {"": lambda: nullcontext(), **variants}
-    sums = {name: torch.zeros(2, dtype=torch.float64) for name in variants}
-    positions = 0
-    tokens = LOGITS_AT_ONCE // vocabulary(model)
-    for _, contexts in text.chunks(tokens):
+    tokens = torch.bincount(text.documents[:, 1:].flatten())
+    sums = {name: torch.zeros(2, len(tokens), dtype=torch.float64) for name in variants}
+    for first, contexts in text.chunks(LOGITS_AT_ONCE // vocabulary(model)):
+        documents = text.documents[first : first + len(contexts), 1:].flatten()
         contexts = contexts.to(next(model.parameters()).device)
-        positions += contexts[:, 1:].numel()
         original: Tensor | None = None
         for name, variant in variants.items():
             with variant():
                 logits = cast(Tensor, model(contexts, use_cache=False).logits)
             original = logits if original is None else original
-            ce = next_token_losses(logits, contexts).cpu().double().sum()
-            kl = kl_divergence(original[:, :-1], logits[:, :-1]).cpu().double().sum()
-            sums[name] += torch.stack([ce, kl])
-    return {
-        name: ModelLoss(ce=float(total[0]) / positions, kl=float(total[1]) / positions) for name, total in sums.items()
-    }
+            ce = next_token_losses(logits, contexts).cpu().double()
+            kl = kl_divergence(original[:, :-1], logits[:, :-1]).cpu().double()
+            sums[name].index_add_(1, documents, torch.stack([ce.flatten(), kl.flatten()]))
+    return {name: ModelLoss(ce_sums=total[0], kl_sums=total[1], tokens=tokens) for name, total in sums.items()}
 
 
 def replacement(model: nn.Module, layers: Mapping[int, SparseLayer], text: EvaluationText) -> Variant:

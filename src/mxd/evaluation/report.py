@@ -12,9 +12,18 @@ from mxd.atomic import write_text_atomically
 from mxd.evaluation.curves import Curve, curve_svgs
 from mxd.evaluation.drawing import KIND_STYLES, describe, kind_style
 from mxd.evaluation.expert_use import UseHistogram
-from mxd.evaluation.frontier import Metric, drawn_layers, frontier_svg, has_lines
+from mxd.evaluation.frontier import frontier_svg, has_lines
+from mxd.evaluation.grid import (
+    HOW_INTERVALS_WERE_MADE,
+    METRIC_NAMES,
+    FrontierPoint,
+    drawn_layers,
+    frontier_points,
+    layer_name,
+)
 from mxd.evaluation.histograms import use_svgs
-from mxd.evaluation.rows import TOGETHER, EvaluationRow
+from mxd.evaluation.interactive import frontier_data, frontier_script
+from mxd.evaluation.rows import EvaluationRow
 from mxd.evaluation.tables import COLUMNS, SCRUTINY_COLUMNS, group_rows
 
 HOW_EXPERTS_WERE_CHOSEN = (
@@ -88,7 +97,7 @@ class _Card(NamedTuple):
 class _LayerPictures(NamedTuple):
     """The panels of one layer."""
 
-    layer: int
+    name: str
     panels: list[str]
     legend: list[tuple[str, str, str]]
     """Kind, glyph and name of each line; empty where the points have labels."""
@@ -108,8 +117,9 @@ def write_report(
     notes: Sequence[str] = (),
     footer: str = "",
 ) -> None:
-    """Write a report as one HTML file without scripts, links or other files, whole or not at all.
+    """Write a report as one HTML file that needs no other and no network, whole or not at all.
 
+    Its one script lets a reader choose what the frontier shows; without scripts the frontier is a picture.
     Sections for which there is nothing to show are left out.
 
     Args:
@@ -125,6 +135,7 @@ def write_report(
         notes: Sentences below the table: what does not hold, or must be known to read it.
         footer: The page's last line, such as the version and the command.
     """
+    points = frontier_points(rows)
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
     template = environment.from_string(files("mxd").joinpath("evaluation/report.html.jinja").read_text("utf-8"))
     page = template.render(
@@ -137,7 +148,11 @@ def write_report(
         scrutiny_groups=group_rows(rows, SCRUTINY_COLUMNS),
         several_layers=len({row.layer for row in rows}) > 1,
         notes=notes,
-        pictures=_pictures(rows),
+        pictures=_pictures(points),
+        frontier_data=frontier_data(points),
+        frontier_script=frontier_script(),
+        intervals_note=HOW_INTERVALS_WERE_MADE,
+        layer_name=layer_name,
         curves=curve_svgs(curves) if curves else [],
         use=use_svgs(use) if use else [],
         cards=[_card(expert) for expert in experts],
@@ -154,14 +169,14 @@ def _experts_heading(count: int, student: str) -> str:
     return f"{number} expert{'' if count == 1 else 's'}" + (f" of {student}" if student else "")
 
 
-def _pictures(rows: Sequence[EvaluationRow]) -> list[_LayerPictures]:
-    metrics: tuple[Metric, Metric] = ("ce_increase", "nmse")
+def _pictures(points: Sequence[FrontierPoint]) -> list[_LayerPictures]:
     pictures: list[_LayerPictures] = []
-    for layer in drawn_layers(rows) if any(row.kind != TOGETHER for row in rows) else []:
-        kinds = dict.fromkeys(row.kind for row in rows if row.layer == layer)
-        styles = {kind: kind_style(kind) for kind in kinds if has_lines(rows, layer)}
+    for layer in drawn_layers(points):
+        kinds = dict.fromkeys(point.kind for point in points if point.layer == layer)
+        styles = {kind: kind_style(kind) for kind in kinds if has_lines(points, layer)}
         legend = [(kind, _GLYPHS[style.marker], style.name) for kind, style in styles.items()]
-        pictures.append(_LayerPictures(layer, [frontier_svg(rows, layer, metric) for metric in metrics], legend))
+        panels = [frontier_svg(points, layer, metric) for metric in METRIC_NAMES]
+        pictures.append(_LayerPictures(layer_name(layer), panels, legend))
     return pictures
 
 

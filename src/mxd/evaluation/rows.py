@@ -7,9 +7,14 @@ from dataclasses import dataclass
 from typing import Any, cast, get_args, get_origin
 
 from mxd.atomic import JSON
+from mxd.evaluation.intervals import Interval
+from mxd.settings import StudentSettings
 
 TOGETHER = "together"
-"""The kind of the row for all students of a run replaced at once; what belongs to one layer is null there."""
+"""Begins the id of a row for students of several layers in place at once; what belongs to one layer is null there."""
+
+METRICS_VERSION = 1
+"""Raised whenever a number of a row comes to mean something else, so that no old one stands beside a new one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -17,13 +22,14 @@ class EvaluationRow:
     """How faithful one student is to the MLP that it replaces. Losses are in nats a token."""
 
     id: str
-    """The student's name in its run, such as `mxd-k32`."""
+    """The student's name in its run, such as `mxd-k32`; `together/mxd-k32` for the students of that name on all layers
+    in place at once, and `together` alone where their names differ."""
     model: str
     """The language model's id or folder."""
     layer: int | None
-    """Number of the block whose MLP is replaced."""
+    """Number of the block whose MLP is replaced; null for several at once."""
     kind: str
-    """Kind of sparse layer, or `together`."""
+    """Kind of sparse layer; `together` for several of different names."""
     k: int | None
     """Number of latents active on each token, at most; with batch-topk on average."""
     k_trained: int | None
@@ -51,13 +57,16 @@ class EvaluationRow:
     seed: int | None
     """Seed of the weights."""
     parameters: int | None
-    """Number of parameters of the sparse layer; for a topk-sae on top of those of the MLP, which stays."""
+    """Number of parameters of the sparse layer, or of all that are in place at once; for a topk-sae on top of those of
+    the MLP, which stays."""
     flops_per_token: int | None
-    """Floating-point operations of one forward pass, a multiplication and an addition counted as two."""
+    """Floating-point operations of their forward pass, a multiplication and an addition counted as two."""
     tokens_trained: int | None
     """Number of tokens trained on."""
     tokens_evaluated: int
     """Number of tokens behind the measurements of this row."""
+    documents_evaluated: int
+    """Number of documents that these tokens are from, which the intervals resample."""
     l0: float | None
     """Mean number of latents active on a token."""
     nmse: float | None
@@ -70,18 +79,24 @@ class EvaluationRow:
     """Cross-entropy of the model with the student in place."""
     ce_increase: float
     """`ce` − `ce_base`; negative where the replaced model predicts better."""
+    ce_increase_interval: Interval | None
+    """Its 95 % interval over evaluation documents; null where there is one document, or a loss is not finite."""
     ce_zero: float
     """Cross-entropy of the model with the MLP's output set to zero."""
     ce_mean: float | None
     """Cross-entropy of the model with the MLP's output set to its mean over the text; null for `together`."""
     loss_recovered: float
     """(`ce_zero` − `ce`) / (`ce_zero` − `ce_base`)."""
+    loss_recovered_interval: Interval | None
+    """The same for `loss_recovered`."""
     bits_per_byte_base: float | None
     """`ce_base` in bits a byte of the text; null where the text is token ids alone."""
     bits_per_byte: float | None
     """`ce` in bits a byte of the text."""
     kl: float
     """Mean KL(original ‖ replaced)."""
+    kl_interval: Interval | None
+    """The same for `kl`."""
     dead_fraction: float | None
     """Share of the latents that fired on none of the evaluated tokens."""
     specialisation: float | None
@@ -120,6 +135,22 @@ class EvaluationRow:
     fvu_all_positions: float | None
     """The same for `fvu`."""
 
+    @property
+    def student(self) -> str:
+        """The id without `together/`: which student stands in, in one layer or in all."""
+        return self.id.removeprefix(f"{TOGETHER}/")
+
+    @property
+    def as_trained(self) -> bool:
+        """Whether it was measured with the number of active latents that it was trained with."""
+        return self.k == self.k_trained
+
+    @property
+    def settings(self) -> StudentSettings:
+        """What may set the student apart from its siblings."""
+        named = {name: getattr(self, name) for name in StudentSettings._fields if name != "hidden"}
+        return StudentSettings(hidden=self.d_hidden, **named)
+
     def to_json(self) -> dict[str, JSON]:
         """Return the row as JSON writes it, with null for what is not finite."""
         return {field.name: _written(getattr(self, field.name)) for field in dataclasses.fields(self)}
@@ -149,9 +180,10 @@ def _written(value: str | int | float | tuple[float, ...] | None) -> JSON:
 
 
 def _read(name: str, kind: object, value: JSON) -> JSON:
-    if get_origin(kind) is tuple and isinstance(value, list) and all(type(number) in (int, float) for number in value):
-        return tuple(float(cast("float", number)) for number in value)
     allowed = (kind,) if get_origin(kind) is tuple else get_args(kind) or (kind,)
+    length = next((_length(member) for member in allowed if get_origin(member) is tuple), None)
+    if length is not None and isinstance(value, list) and _are_numbers(value, length):
+        return tuple(float(cast("float", number)) for number in value)
     if value is None and float in allowed and type(None) not in allowed:
         return math.nan
     if type(value) is int and float in allowed:
@@ -159,3 +191,13 @@ def _read(name: str, kind: object, value: JSON) -> JSON:
     if type(value) not in allowed:
         raise ValueError(f"{name!r} of a row must be {kind}; got {value!r}.")
     return value
+
+
+def _are_numbers(values: list[Any], length: range) -> bool:
+    return len(values) in length and all(type(number) in (int, float) for number in values)
+
+
+def _length(kind: object) -> range:
+    """Return the lengths that a type of tuples allows."""
+    members = get_args(kind)
+    return range(2**31) if Ellipsis in members else range(len(members), len(members) + 1)

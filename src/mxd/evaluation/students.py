@@ -8,8 +8,10 @@ from typing import Any, cast
 
 from mxd.checkpoint import Provenance, load_checkpoint
 from mxd.evaluation.faithfulness import Candidate
+from mxd.evaluation.rows import TOGETHER
 from mxd.layers import TopK
 from mxd.runs.run import CONFIGURATION_FILE
+from mxd.settings import StudentSettings, settings_of
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -24,10 +26,13 @@ class TrainedStudent:
     """How it came about."""
     k_trained: int
     """Number of active latents that it was trained with."""
-    l1_coefficient: float | None = None
-    """Weight of the L1 penalty that it was trained with, if any."""
-    random_k: bool | None = None
-    """Whether its training drew K anew each step; None where its selection is not top-k."""
+    settings: StudentSettings
+    """What may set it apart from its siblings."""
+
+    @property
+    def as_trained(self) -> bool:
+        """Whether it has the number of active latents that it was trained with."""
+        return self.candidate.network.config.k == self.k_trained
 
     def at(self, ks: Collection[int]) -> "Iterator[TrainedStudent]":
         """Yield the same layer with other numbers of active latents, which share its weights; none but for top-k.
@@ -35,13 +40,12 @@ class TrainedStudent:
         Raises:
             ValueError: If the layer has fewer latents.
         """
-        for k in ks if self.random_k is not None else ():
-            if k != self.k_trained:
-                network = copy.copy(self.candidate.network)
-                network.config = replace(cast(Any, network.config), k=k)
-                name = f"{self.candidate.name}-at{k}"
-                candidate = Candidate(name=name, layer=self.candidate.layer, network=network)
-                yield replace(self, id=f"{self.id}-at{k}", candidate=candidate)
+        for k in sorted(set(ks) - {self.k_trained}) if self.settings.selection == TopK.name else ():
+            network = copy.copy(self.candidate.network)
+            network.config = replace(cast(Any, network.config), k=k)
+            name = f"{self.candidate.name}-at{k}"
+            candidate = Candidate(name=name, layer=self.candidate.layer, network=network)
+            yield replace(self, id=f"{self.id}-at{k}", candidate=candidate)
 
 
 def load_students(
@@ -83,23 +87,38 @@ def load_students(
                 candidate=candidate,
                 provenance=checkpoint.provenance,
                 k_trained=checkpoint.layer.config.k,
-                l1_coefficient=plan.get("l1_coefficient") or None,
-                random_k=bool(plan.get("random_k")) if checkpoint.layer.selection.name == TopK.name else None,
+                settings=settings_of(
+                    checkpoint.layer.config,
+                    l1_coefficient=plan.get("l1_coefficient"),
+                    random_k=bool(plan.get("random_k")),
+                ),
             )
         )
     return students + [other for student in students for other in student.at(ks)]
 
 
-def require_one_per_layer(students: Sequence[TrainedStudent]) -> None:
-    """Check that students can stand in a model all at once.
+def settings_together(students: Sequence[TrainedStudent]) -> dict[str, list[TrainedStudent]]:
+    """Return which students stand in a model all at once, by the ids of their rows: none but as they were trained.
+
+    Each id that every layer has is one setting, `together/<id>`; where there is none, but one student a layer, they are
+    `together`.
 
     Raises:
-        ValueError: If two of them replace the same MLP.
+        ValueError: If there is one layer alone, or several students a layer and no id that every layer has.
     """
-    layers = [student.candidate.layer for student in students]
-    doubled = sorted({layer for layer in layers if layers.count(layer) > 1})
-    if doubled:
+    students = [student for student in students if student.as_trained]
+    layers = sorted({student.candidate.layer for student in students})
+    if len(layers) == 1:
+        raise ValueError(f"together needs students of several layers; all are of layer {layers[0]}. Leave it out.")
+    by_id: dict[str, list[TrainedStudent]] = {}
+    for student in students:
+        by_id.setdefault(student.id, []).append(student)
+    everywhere = {f"{TOGETHER}/{id}": members for id, members in by_id.items() if len(members) == len(layers)}
+    if everywhere:
+        return everywhere
+    if len(students) > len(layers):
         raise ValueError(
-            f"together needs one student a layer; layer {', '.join(map(str, doubled))} has several. "
-            "Choose with --student, as in --student mxd-k32."
+            f"together needs students of the same name on all of the layers {', '.join(map(str, layers))}, or one "
+            "student a layer; no name is on all of them. Choose with --student, as in --student 0/mxd-k16 1/mxd-k32."
         )
+    return {TOGETHER: students}

@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mxd.evaluation.drawing import compact, describe, group_name, split_student
+from mxd.evaluation.grid import layer_name
 from mxd.evaluation.rows import TOGETHER, EvaluationRow
 
 
@@ -208,9 +209,9 @@ def format_table(rows: Sequence[EvaluationRow]) -> Table:
         table.add_column(COLUMNS[place].short, justify="right", no_wrap=True)
     layers: list[int | None] = []
     for group in group_rows(rows):
-        if several and group.layer is not None and group.layer not in layers:
+        if several and group.layer not in layers:
             table.add_row()
-            table.add_row(Text(f"Layer {group.layer}", style="bold"))
+            table.add_row(Text(layer_name(group.layer), style="bold"))
         elif layers:
             table.add_row()
         layers.append(group.layer)
@@ -242,8 +243,8 @@ def _key(row: EvaluationRow) -> tuple[int | float, int | float]:
 
 def _name(row: EvaluationRow) -> str:
     if row.kind == TOGETHER:
-        return "All layers"
-    name = group_name(split_student(row.id)[0], row.kind)
+        return "One a layer"
+    name = group_name(split_student(row.student)[0], row.kind)
     return f"{name}, seed {row.seed}" if "-seed" in row.id else name
 
 

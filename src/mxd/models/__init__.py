@@ -1,6 +1,6 @@
 """Surgery on Hugging Face language models: find an MLP, read what flows through it, put something in its place."""
 
-from mxd.models.loading import LanguageModel, digest, fingerprint, load_language_model, require_device
+from mxd.models.loading import LanguageModel, digest, fingerprint, load_language_model, load_tokenizer, require_device
 from mxd.models.sites import MLP_SITES, MlpSite, MlpSpec, find_mlp, num_layers
 from mxd.models.surgery import MlpPair, Replacement, ablate_mlp, capture_mlp, mlp_pairs, replace_mlp
 
@@ -17,6 +17,7 @@ __all__ = [
     "find_mlp",
     "fingerprint",
     "load_language_model",
+    "load_tokenizer",
     "mlp_pairs",
     "num_layers",
     "replace_mlp",

@@ -61,18 +61,27 @@ def load_language_model(
             misses a library that the model needs.
     """
     require_device(device)
-    folder = bundled_model_folder() if model_id == MODEL_NAME else Path(model_id).expanduser()
-    source = model_id
-    if folder.is_dir():
-        _check_folder(folder)
-        source = str(folder)
-    elif model_id.startswith((".", "/", "~")):
-        raise FileNotFoundError(f"A model must be a hub id or a folder; found no folder '{model_id}'. Check the path.")
+    source = _source(model_id)
+    if Path(source).is_dir():
+        _check_folder(Path(source))
     model = _load_model(model_id, source, revision, dtype, trust_remote_code)
     tokenizer = _load_tokenizer(model_id, source, revision, trust_remote_code)
     commit = getattr(model.config, "_commit_hash", None)
     cast("torch.nn.Module", model).to(device).eval().requires_grad_(False)
     return LanguageModel(model, tokenizer, model_id, commit if isinstance(commit, str) else revision)
+
+
+def load_tokenizer(model_id: str, *, revision: str | None = None) -> "PreTrainedTokenizerBase":
+    """Load a language model's tokenizer alone.
+
+    Args:
+        model_id: A hub id, a local folder, or `bundled`.
+        revision: Branch, tag or commit on the hub.
+
+    Raises:
+        FileNotFoundError: If there is no such folder, or no tokenizer in it.
+    """
+    return _load_tokenizer(model_id, _source(model_id), revision, trust_remote_code=False)
 
 
 def require_device(device: str | torch.device) -> None:
@@ -113,6 +122,16 @@ def digest(model: nn.Module) -> str:
         result.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         result.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return result.hexdigest()
+
+
+def _source(model_id: str) -> str:
+    """Return the folder that a model's id names, or the id where it is the hub's."""
+    folder = bundled_model_folder() if model_id == MODEL_NAME else Path(model_id).expanduser()
+    if folder.is_dir():
+        return str(folder)
+    if model_id.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"A model must be a hub id or a folder; found no folder '{model_id}'. Check the path.")
+    return model_id
 
 
 def _load_model(

@@ -216,7 +216,7 @@ def _student(plan: Plan, student: StudentPlan) -> Student:
             aux_coefficient=config.aux_coefficient,
             aux_k=config.aux_k,
             dead_tokens=config.dead_tokens,
-            l1_coefficient=student.l1_coefficient,
+            l1_coefficient=student.l1_coefficient or 0.0,
             random_k_seed=student.seed if student.random_k else None,
             micro_batch_tokens=config.micro_batch_tokens,
         ),

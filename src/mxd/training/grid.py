@@ -11,6 +11,7 @@ from mxd.layers import L1, LayerRequest, SparseLayer, SparseLayerConfig, TopK, r
 from mxd.layers.activations import Activation, activation_function
 from mxd.layers.sizing import match_budget, transcoder_budget
 from mxd.models import MlpSite
+from mxd.settings import StudentSettings, settings_of
 from mxd.training.config import Settings, TrainConfig, values_of
 from mxd.training.student import random_ks
 
@@ -35,10 +36,15 @@ class StudentPlan:
     """Seed of its initialisation."""
     lr: float
     """Learning rate after warm-up."""
-    l1_coefficient: float = 0.0
-    """Weight of the L1 penalty; 0 where the selection is not l1."""
+    l1_coefficient: float | None = None
+    """Weight of the L1 penalty; None where the selection is not l1."""
     random_k: bool = False
     """Whether training draws the number of active latents anew each step."""
+
+    @property
+    def settings(self) -> StudentSettings:
+        """What may set it apart from its siblings."""
+        return settings_of(self.network, l1_coefficient=self.l1_coefficient, random_k=self.random_k)
 
     @property
     def parameters(self) -> int:
@@ -104,7 +110,7 @@ def _student(config: TrainConfig, site: MlpSite, kind: str, k: int, settings: Se
         network=network,
         seed=seed,
         lr=learning_rate(config, kind, network.d_in),
-        l1_coefficient=(settings.l1_coefficient or 0.0) if settings.selection == L1.name else 0.0,
+        l1_coefficient=settings.l1_coefficient if settings.selection == L1.name else None,
         random_k=random_k,
     )
 
@@ -138,7 +144,7 @@ def _activation(name: str, site: MlpSite) -> Activation | None:
 
 def _named(config: TrainConfig, students: Sequence[StudentPlan]) -> list[StudentPlan]:
     """Return the students of one layer and kind with their ids."""
-    parts = [_parts(student) for student in students]
+    parts = [student.settings.words() for student in students]
     asked = [name for name in Settings._fields if len(values_of(getattr(config, name))) > 1]
     differing = [name for name in asked if len({part.get(name) for part in parts}) > 1]
     named: list[StudentPlan] = []
@@ -148,25 +154,3 @@ def _named(config: TrainConfig, students: Sequence[StudentPlan]) -> list[Student
         named.append(replace(student, id="-".join(words)))
     assert len({student.id for student in named}) == len(named), "two students have one name"
     return named
-
-
-def _parts(student: StudentPlan) -> dict[str, str]:
-    """Return how a student's id names each setting that it reads."""
-    network = student.network
-
-    def read(*names: str) -> object:
-        return next((getattr(network, name) for name in names if hasattr(network, name)), None)
-
-    unit_length = read("normalize_experts", "normalize_decoder")
-    found = {
-        "num_latents": f"n{network.num_latents}",
-        "hidden": None if read("d_hidden") is None else f"h{read('d_hidden')}",
-        "activation": read("activation"),
-        "encoder": read("encoder"),
-        "rank": None if read("rank") is None else f"r{read('rank')}",
-        "normalize_experts": None if unit_length is None else ("unit" if unit_length else "free"),
-        "selection": read("selection"),
-        "l1_coefficient": f"c{student.l1_coefficient:g}" if student.l1_coefficient else None,
-        "random_k": ("random" if student.random_k else "fixed") if read("selection") == TopK.name else None,
-    }
-    return {name: str(value) for name, value in found.items() if value is not None}

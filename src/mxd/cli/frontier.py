@@ -1,0 +1,58 @@
+"""`mxd frontier`: faithfulness against sparsity, of one run or several."""
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+
+from mxd.evaluation.comparison import compare_runs, require_place, write_frontier
+from mxd.evaluation.expert_use import collapse_warnings
+from mxd.evaluation.frontier_table import format_points
+
+
+def frontier(
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional],
+    out: Path | None = None,
+    text: tuple[str, ...] = (),
+    tokens: int | None = None,
+    together: bool = False,
+    device: str | None = None,
+    json_: Annotated[bool, tyro.conf.arg(name="json")] = False,
+) -> None:
+    """Draw what sparsity costs: the loss and the error of every layer, kind, K and seed of finished runs, against K.
+
+    Evaluates what is not evaluated yet, run by run, on held-out text; interrupted, it goes on with the next run. Writes
+    frontier.png, frontier.svg, frontier.md, frontier.json and report.html, whose picture can be explored. Several seeds
+    become their mean and its 95 % t interval; a single seed has a bootstrap interval over evaluation documents.
+
+    Args:
+        runs: Folders of finished runs. Of several, all must be of one model and be evaluated alike.
+        out: Folder of the files; that of the run where there is one run on its own text, else it must be given.
+        text: Other text than each run's own; its held-out documents are used. What is measured on it is kept in each
+            run as evaluation-<digest>.json, and its evaluation.json stays.
+        tokens: Tokens to evaluate on, at most; without it, evaluations that are there are taken whatever their number.
+        together: Also draw what all layers cost when replaced at once, for each student that all layers have.
+        device: Where to evaluate; where each run was trained by default.
+        json_: Print what frontier.json holds.
+    """
+    if not runs:
+        raise ValueError("A frontier must be of at least one run; name its folder.")
+    # Square brackets in the name of a folder are no markup.
+    console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
+    folder = require_place(out, runs, text)
+    command = shlex.join(["mxd", *sys.argv[1:]])
+    found = compare_runs(
+        runs, text=text, tokens=tokens, together=together, device=device, command=command, say=console.print
+    )
+    written = write_frontier(found, folder, command=command)
+    if json_:
+        print(json.dumps(found.to_json(), indent=2))
+        return
+    Console().print(format_points(found.points))
+    for warning in collapse_warnings(found.all_rows):
+        console.print(warning)
+    console.print(f"Wrote {', '.join(written[:-1])} and {written[-1]} to {folder}.")

@@ -1,0 +1,158 @@
+"""A finished run, opened for evaluation: its model and the held-out text."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from mxd.atomic import JSON
+from mxd.bundled import held_out_modules
+from mxd.data.text import open_text
+from mxd.data.tokenization import Tokenizer
+from mxd.data.tokens import HeldOut, held_out_contexts, special_tokens
+from mxd.evaluation.faithfulness import EvaluationText, vocabulary
+from mxd.evaluation.record import EvaluationIdentity, identify
+from mxd.models import LanguageModel, fingerprint, load_language_model, load_tokenizer
+from mxd.runs.run import is_finished, read_configuration
+
+_DESCRIBED = {
+    "config": (
+        *("model", "model_dtype", "module", "text", "text_field", "split"),
+        *("context", "eval_tokens", "special_positions"),
+    ),
+    "resources": ("device",),
+    "model": ("revision", "fingerprint"),
+    "text": ("revision",),
+}
+"""What evaluation reads of a run.json, beside its students."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class OpenedRun:
+    """All that evaluation needs beside the students."""
+
+    language_model: LanguageModel
+    """The model, where it was asked to run."""
+    held_out: HeldOut
+    """The text."""
+    text: EvaluationText
+    """The text as measurements take it."""
+    text_name: str
+    """The text's name, for people."""
+    identity: EvaluationIdentity
+    """What is evaluated on what."""
+
+
+def read_finished_run(run: Path) -> dict[str, Any]:
+    """Return the run.json of a run that can be evaluated.
+
+    Raises:
+        ValueError: If there is none, the run has not finished, or its run.json lacks what evaluation reads.
+    """
+    description = read_configuration(run)
+    if not is_finished(run):
+        raise ValueError(f"{run} must be a finished run; it is not; finish it with mxd train --resume.")
+    _require_described(run, description)
+    return cast("dict[str, Any]", description)
+
+
+def open_run(
+    run: Path, description: Mapping[str, Any], text: Sequence[str], tokens: int | None, device: str | None
+) -> OpenedRun:
+    """Load a run's model and the text to evaluate it on.
+
+    Args:
+        run: The run's folder, for messages.
+        description: Its run.json.
+        text: Other text than the run's own.
+        tokens: Tokens at most; the run's own `eval_tokens` where None.
+        device: Where to run; the run's own where None.
+
+    Raises:
+        ValueError: If the model is not the one that the run was trained on, or the text cannot be used.
+    """
+    config = description["config"]
+    dtype = "auto" if config["model_dtype"] == "auto" else getattr(torch, config["model_dtype"])
+    language_model = load_language_model(
+        config["model"],
+        revision=description["model"]["revision"],
+        dtype=dtype,
+        device=device or str(description["resources"]["device"]),
+    )
+    model = cast("nn.Module", language_model.model)
+    if description["model"]["fingerprint"] != fingerprint(model):
+        raise ValueError(
+            f"{run} must be evaluated with the model that it was trained on; the weights of {language_model.id} are "
+            "others. Restore that model, or train anew."
+        )
+    held_out, name = _held_out(description, language_model.tokenizer, vocabulary(model), text, tokens)
+    return OpenedRun(
+        language_model=language_model,
+        held_out=held_out,
+        text=EvaluationText(
+            contexts=held_out.contexts,
+            documents=held_out.documents,
+            special_ids=special_tokens(language_model.tokenizer),
+            passthrough=config["special_positions"] == "passthrough",
+            module_path=config["module"],
+        ),
+        text_name=name,
+        identity=_identity(description, held_out),
+    )
+
+
+def foresee_identity(description: Mapping[str, Any], text: Sequence[str], tokens: int | None) -> EvaluationIdentity:
+    """Return what `open_run` would evaluate on, without loading the model: its tokenizer is enough."""
+    tokenizer = load_tokenizer(description["config"]["model"], revision=description["model"]["revision"])
+    # Whether ids fit the model is found out when it is there.
+    held_out, _ = _held_out(description, tokenizer, 2**31, text, tokens)
+    return _identity(description, held_out)
+
+
+def _identity(description: Mapping[str, Any], held_out: HeldOut) -> EvaluationIdentity:
+    return identify(held_out, description["model"]["fingerprint"], description["config"]["special_positions"])
+
+
+def _held_out(
+    description: Mapping[str, Any],
+    tokenizer: Tokenizer | None,
+    vocab_size: int,
+    text: Sequence[str],
+    tokens: int | None,
+) -> tuple[HeldOut, str]:
+    config = description["config"]
+    source = open_text(
+        list(text) or config["text"],
+        text_field=config["text_field"],
+        split=config["split"],
+        revision=None if text else description["text"]["revision"],
+        held_out_modules=held_out_modules(),
+    )
+    held_out = held_out_contexts(
+        source,
+        tokenizer,
+        context=config["context"],
+        num_tokens=config["eval_tokens"] if tokens is None else tokens,
+        vocab_size=vocab_size,
+    )
+    return held_out, source.name
+
+
+def _require_described(run: Path, description: Mapping[str, JSON]) -> None:
+    parts = {name: description.get(name) for name in _DESCRIBED}
+    missing = [
+        f"{part}.{name}"
+        for part, names in _DESCRIBED.items()
+        for name in names
+        if not isinstance(parts[part], dict) or name not in cast(dict[str, JSON], parts[part])
+    ]
+    if not description.get("students"):
+        missing.append("students")
+    if missing:
+        raise ValueError(
+            f"{run}/run.json must describe a run as mxd train writes it; {', '.join(missing)} missing. "
+            "Restore it from a copy, or evaluate with the version of mxd that wrote it."
+        )

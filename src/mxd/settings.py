@@ -1,0 +1,73 @@
+"""Settings that set students of one kind apart, and the words for them in ids: `<kind>-k<k>-<word>…-seed<seed>`."""
+
+from decimal import Decimal
+from typing import Any, NamedTuple
+
+from mxd.layers import SparseLayerConfig, TopK
+
+
+class StudentSettings(NamedTuple):
+    """What a student is beside its kind, K and seed; None for what its kind or its selection does not read."""
+
+    num_latents: int | None = None
+    """Number of latents."""
+    hidden: int | None = None
+    """Width of the dense branch."""
+    activation: str | None = None
+    """Activation of the dense branch."""
+    encoder: str | None = None
+    """Dense encoder, `mlp` or `glu`."""
+    rank: int | None = None
+    """Largest rank of a latent's map."""
+    normalize_experts: bool | None = None
+    """Whether rows that belong to latents are kept at unit length."""
+    selection: str | None = None
+    """How latents are selected."""
+    l1_coefficient: float | None = None
+    """Weight of the L1 penalty."""
+    random_k: bool | None = None
+    """Whether training draws K anew each step."""
+
+    def words(self) -> dict[str, str]:
+        """Return how an id names each of them that is read, in the order of ids.
+
+        Example:
+            >>> StudentSettings(hidden=64, encoder="glu", l1_coefficient=3e-5, random_k=False).words()
+            {'hidden': 'h64', 'encoder': 'glu', 'l1_coefficient': 'c0.00003', 'random_k': 'fixed'}
+        """
+        # An exponent's "-" would begin another part of the id.
+        coefficient = None if self.l1_coefficient is None else f"{Decimal(repr(self.l1_coefficient)):f}"
+        words = {
+            "num_latents": self.num_latents and f"n{self.num_latents}",
+            "hidden": self.hidden and f"h{self.hidden}",
+            "activation": self.activation,
+            "encoder": self.encoder,
+            "rank": self.rank and f"r{self.rank}",
+            "normalize_experts": {True: "unit", False: "free", None: None}[self.normalize_experts],
+            "selection": self.selection,
+            "l1_coefficient": coefficient and f"c{coefficient}",
+            "random_k": {True: "random", False: "fixed", None: None}[self.random_k],
+        }
+        return {name: str(word) for name, word in words.items() if word is not None}
+
+
+def settings_of(
+    config: SparseLayerConfig, *, l1_coefficient: float | None = None, random_k: bool = False
+) -> StudentSettings:
+    """Return the settings of a student: those that its layer's configuration has, and how it is trained."""
+
+    def read(*names: str) -> Any:
+        return next((getattr(config, name) for name in names if hasattr(config, name)), None)
+
+    selection: str = getattr(config, "selection", TopK.name)
+    return StudentSettings(
+        num_latents=config.num_latents,
+        hidden=read("d_hidden"),
+        activation=read("activation"),
+        encoder=read("encoder"),
+        rank=read("rank"),
+        normalize_experts=read("normalize_experts", "normalize_decoder"),
+        selection=selection,
+        l1_coefficient=l1_coefficient,
+        random_k=random_k if selection == TopK.name else None,
+    )
