@@ -1,27 +1,29 @@
 """Ablations: their recipes, their pictures, and what shows that a layer has collapsed."""
 
 import math
-import os
-import subprocess
-import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
+import numpy as np
 import pytest
 import torch
+from matplotlib.container import ErrorbarContainer
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from mxd.evaluation.ablation import ablated_settings, draw_ablations
 from mxd.evaluation.evaluate import evaluate_run, write_evaluation
 from mxd.evaluation.expert_use import collapse_warnings, energy_use
+from mxd.evaluation.record import read_record
 from mxd.evaluation.rows import EvaluationRow
 from mxd.layers import LAYERS, LinearTransformMixture, LinearTransformMixtureConfig, Transcoder, TranscoderConfig
 from mxd.recipes import RECIPES, ablation, ablation_stories260k, demo, find_recipe, stories260k
 from mxd.training.ablations import ABLATIONS
-from mxd.training.config import TrainConfig, values_of
 from mxd.training.grid import plan_students
-from tests.test_report import row
+from tests.test_report import all_layers, row
 from tests.test_selection import layer_of
-from tests.tiny_run import TinyRun, copied, tiny_run, training
+from tests.tiny_run import Settings, TinyRun, assert_refused, command, copied, tiny_run, training
 
 EXPERTS = (1024, 2048, 4096, 8192, 16_384, 32_768, 65_536)
 GRIDS: dict[str, dict[str, object]] = {
@@ -49,7 +51,7 @@ RANKS: dict[str, dict[str, tuple[int, ...]]] = {
     "rank": {"bundled": (16, 32, 64, 128, 256), "stories": (4, 8, 16, 32, 64)},
     "molt": {"bundled": (64, 256), "stories": (16, 64)},
 }
-STUDENTS = {"activation": 6, "rank": 6, "experts": 7, "random-k": 12, "selection": 24, "normalization": 6, "sae": 12, "molt": 16}  # fmt: skip # noqa: E501
+STUDENTS = dict(zip(GRIDS, (6, 6, 7, 12, 24, 6, 12, 16), strict=True))
 
 
 @pytest.mark.parametrize("name", GRIDS)
@@ -72,13 +74,6 @@ def test_a_recipe_varies_what_it_says_and_nothing_else_field_by_field(name: str)
     assert ablation(name, layer=1).layer == (1,)
     assert ablation_stories260k(name, layer=4).layer == (4,)
     assert f"ablation-{name}" in RECIPES
-
-
-def test_what_recipes_ask_for_is_what_the_command_line_can_be_given() -> None:
-    for recipe in RECIPES.values():
-        config = recipe.config()
-        assert TrainConfig(**asdict(config)) == config
-        assert all(values_of(getattr(config, name)) for name in ("selection", "rank", "activation"))
 
 
 def rows_of(**fields: tuple[object, ...]) -> list[EvaluationRow]:
@@ -109,13 +104,48 @@ def rows_of(**fields: tuple[object, ...]) -> list[EvaluationRow]:
 def test_a_picture_is_drawn_of_each_setting_that_varies_alone(
     fields: dict[str, tuple[object, ...]], ablated: list[str], tmp_path: Path
 ) -> None:
-    rows = rows_of(**fields)
+    rows = [*rows_of(**fields), all_layers()]
     assert [setting.option for setting in ablated_settings(rows)] == ablated
     assert ablated_settings([]) == []
     written = draw_ablations(rows, tmp_path)
     assert [path.name for path in written] == [f"ablation-{option}.png" for option in ablated]
     assert sorted(tmp_path.iterdir()) == sorted(written)
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)
+
+
+@pytest.mark.parametrize(
+    ("fields", "option", "lines"),
+    [
+        ({"d_hidden": (8, 8, 16, 16), "num_latents": (64, 128, 64, 128)}, "hidden",
+         {"MxD, num-latents 64": [8, 16], "MxD, num-latents 128": [8, 16]}),
+        ({"d_hidden": (8, 8, 16, 16), "selection": ("l1",) * 4, "l1_coefficient": (0.1, 0.2, 0.1, 0.2)}, "hidden",
+         {"MxD, coefficient 0.1": [8, 16], "MxD, coefficient 0.2": [8, 16]}),
+        ({"selection": ("topk", "topk", "batch-topk"), "random_k": (False, True, None), "l0": (32.0, 32.0, 31.0)},
+         "selection", {"MxD, fixed K, topk": [32], "MxD, random K, topk": [32], "MxD, batch-topk": [31]}),
+        ({"selection": ("topk", "topk", "l1", "l1"), "random_k": (False, True, None, None),
+          "l1_coefficient": (None, None, 0.1, 0.2), "l0": (32.0, 32.0, 40.0, 20.0)},
+         "random-k", {"MxD, topk, fixed K": [32], "MxD, topk, random K": [32], "MxD, l1": [20, 40]}),
+    ],
+    ids=["number of latents", "coefficient", "random K", "students of another selection"],
+)  # fmt: skip
+def test_only_seeds_are_taken_together(
+    fields: dict[str, tuple[object, ...]],
+    option: str,
+    lines: dict[str, list[float]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    drawn: dict[str, dict[str, list[float]]] = {}
+
+    def note(drawing: Figure) -> bytes:
+        bars = [bar for bar in drawing.axes[0].containers if isinstance(bar, ErrorbarContainer)]
+        places = {str(bar.get_label()): np.asarray(cast("Line2D", bar[0]).get_xdata()).tolist() for bar in bars}
+        drawn[drawing.texts[0].get_text()] = places
+        return b""
+
+    monkeypatch.setattr("mxd.evaluation.ablation.png", note)
+    draw_ablations(rows_of(**fields), tmp_path)
+    assert drawn[f"Ablation of --{option}"] == lines
 
 
 def test_energy_is_that_of_what_each_latent_adds() -> None:
@@ -188,16 +218,26 @@ def test_a_layer_is_measured_at_other_ks_than_its_own_with_the_same_weights(tiny
         evaluate_run(run, students=["0/mxd-k4"], ks=[10**6])
 
 
-def test_every_ablation_is_an_option_with_several_values_of_one_command(tiny: TinyRun, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    words = training(tiny, run, kind=("mxd", "low-rank"), hidden=(8, "auto"), activation=("relu", "gelu"), rank=(2, 4))
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "80"}
-    ended = subprocess.run([sys.executable, "-m", "mxd", *words], capture_output=True, text=True, env=environment)
-    assert ended.returncode == 0, ended.stderr
-    evaluation = evaluate_run(run, tokens=256)
-    write_evaluation(run, evaluation, title="t", footer="f")
-    assert len(evaluation.rows) == 4 + 8
-    assert {row.id for row in evaluation.rows} >= {"mxd-k4-h8-relu", "low-rank-k4-h40-gelu-r2"}
-    assert {row.rank for row in evaluation.rows} == {None, 2, 4}
-    drawn = sorted(path.name for path in run.glob("ablation-*.png"))
-    assert drawn == ["ablation-activation.png", "ablation-hidden.png", "ablation-rank.png"]
+def test_every_ablation_is_an_option_with_several_values_of_one_command(
+    tiny: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, mxd = tmp_path / "run", command(capsys)
+    grid: Settings = {"hidden": (8, "auto"), "selection": ("topk", "batch-topk", "l1"), "l1_coefficient": 0.01}
+    assert mxd(*training(tiny, run, kind="mxd", **grid)).status == 0
+    ended = mxd("evaluate", run, "--tokens", 128)
+    drawn = [f"ablation-{option}.png" for option in ("hidden", "selection")]
+    assert f"Wrote {run}/evaluation.json, frontier.png, {', '.join(drawn)} and report.html." in ended.err
+    assert sorted(path.name for path in run.glob("ablation-*.png")) == drawn
+    rows = {row.id: row for row in read_record(run / "evaluation.json").rows}
+    widths = (8, 40)
+    assert rows.keys() == {
+        f"mxd-k{k}-h{h}-{how}" for h in widths for k, how in ((4, "topk"), (4, "batch-topk"), (16, "l1"))
+    }
+    l1, topk = rows["mxd-k16-h8-l1"], rows["mxd-k4-h8-topk"]
+    assert (l1.k, l1.k_trained, l1.l1_coefficient, l1.random_k) == (16, 16, 0.01, None)
+    assert l1.l0 is not None
+    assert 4 < l1.l0 < 16
+    # An expert more is a row of W_expert more: 2 · d_out operations.
+    assert cast("int", l1.flops_per_token) - cast("int", topk.flops_per_token) == (round(l1.l0) - 4) * 2 * 16
+    refused = mxd("evaluate", run, "--student", "mxd-k16-h8-l1", "--k", 2)
+    assert_refused(refused, "evaluate", "k needs a student with selection topk")

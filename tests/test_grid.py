@@ -148,6 +148,14 @@ def test_the_largest_part_of_a_grid_counts_every_setting() -> None:
     assert part.students == 6, "two hidden widths of mxd and one transcoder, with one k and two seeds or the reverse"
 
 
+def test_students_with_l1_count_with_the_first_k_even_if_another_k_is_their_number_of_latents() -> None:
+    config = replace(BASE, k=(8, 64), selection=("topk", "l1"), l1_coefficient=0.1, device="cpu", buffer_tokens=4096)
+    needed = memory(shape_workload(replace(config, k=(8,)), SHAPE)).total
+    found = largest_grid(shape_workload(config, SHAPE), needed)
+    assert found is not None
+    assert (found.ks, found.students, found.total) == ((8,), 2, needed)
+
+
 @pytest.fixture
 def mxd(llama: Path, text: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Mxd:
     return Mxd(llama, text, capsys, monkeypatch)

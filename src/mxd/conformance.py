@@ -330,7 +330,7 @@ def _example(layer: SparseLayer, seed: int, tokens: int = 8) -> _Example:
     layer = copy.deepcopy(layer).to("cpu", torch.float64).requires_grad_().eval()
     layer.zero_grad()
     with torch.no_grad():
-        for buffer in layer.buffers():
+        for buffer in layer.selection.buffers():
             buffer.fill_(COARSE / 2)  # a threshold that rounding may cross unnoticed
         for parameter in layer.parameters():
             scale = 0.3 if parameter.ndim < 2 else parameter.shape[0] ** -0.5

@@ -44,8 +44,10 @@ def evaluate(
     evaluation = evaluate_run(run, text=text, tokens=tokens, students=student, ks=k, together=together, device=device)
     command = shlex.join(["mxd", *sys.argv[1:]])
     is_whole = not (text or student)
+    written: list[str] = []
     if is_whole:
-        write_evaluation(run, evaluation, title=f"Sparse layers of {evaluation.facts['model']}", footer=command)
+        title = f"Sparse layers of {evaluation.facts['model']}"
+        written = write_evaluation(run, evaluation, title=title, footer=command)
     if json_:
         print(json.dumps([row.to_json() for row in evaluation.rows], indent=2))
         return
@@ -54,5 +56,5 @@ def evaluate(
     console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
     for warning in collapse_warnings(evaluation.rows):
         console.print(warning)
-    if is_whole:
-        console.print(f"Wrote {run}/evaluation.json, frontier.png and report.html.")
+    if written:
+        console.print(f"Wrote {run}/{', '.join(written[:-1])} and {written[-1]}.")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 from mxd.atomic import write_bytes_atomically
 from mxd.evaluation.drawing import GRID, KindStyle, add_legend, describe, figure, kind_style, png
 from mxd.evaluation.rows import EvaluationRow
+from mxd.layers import L1
 
 if TYPE_CHECKING:
     import matplotlib.axes
@@ -130,22 +131,27 @@ def _picture(setting: Setting, others: Sequence[Setting], rows: Sequence[Evaluat
 
 def _series(setting: Setting, others: Sequence[Setting], rows: Sequence[EvaluationRow]) -> list[_Series]:
     """Return the lines of one layer: by kind, by further settings, and by K where that is not what x shows."""
-    by_value = setting.axis == "l0"
-    apart = [other for other in others if other.field not in setting.moves and other.field != "num_latents"]
-    apart += [setting] if by_value else []
-    elsewhere = any(row.k != row.k_trained for row in rows)
-    k_field = ("k_trained" if elsewhere else None) if by_value else "k"
+    along_l0 = setting.axis == "l0"
+    apart = [*others, *([setting] if along_l0 else [])]
+    elsewhere = any(not row.as_trained for row in rows)
+    k_field = ("k_trained" if elsewhere else None) if along_l0 else "k"
     if k_field is not None and len({getattr(row, k_field) for row in rows}) == 1:
         k_field = None
+    # Along l0 the coefficient is what moves a student; elsewhere it is another setting of its own.
+    coefficient = None if along_l0 else "l1_coefficient"
     found: dict[tuple[Scalar, ...], _Series] = {}
     of_kind: dict[str, int] = {}
     for row in rows:
-        key = (row.kind, *_values(row, [other.field for other in apart]), k_field and getattr(row, k_field))
+        further = [field for field in (coefficient, k_field) if field is not None]
+        key = (row.kind, *_values(row, [*(other.field for other in apart), *further]))
         if key not in found:
             variant = of_kind.setdefault(row.kind, 0)
             of_kind[row.kind] += 1
             words = [kind_style(row.kind).name, *filter(None, (_word(other, row) for other in apart))]
-            words += [f"K = {key[-1]}"] if k_field else []
+            if row.selection == L1.name:
+                words += [] if along_l0 else [f"coefficient {row.l1_coefficient}"]
+            elif k_field is not None:
+                words.append(f"K = {getattr(row, k_field)}")
             found[key] = _Series(", ".join(words), kind_style(row.kind), variant, [])
         found[key].rows.append(row)
     return list(found.values())
@@ -167,7 +173,11 @@ def _word(setting: Setting, row: EvaluationRow) -> str:
 def _draw_panel(axes: "matplotlib.axes.Axes", setting: Setting, series: Sequence[_Series], metric: str) -> None:
     names = list(dict.fromkeys(getattr(row, setting.field) for entry in series for row in entry.rows))
     names = [name for name in names if name is not None]
-    lines = [entry for entry in series if any(getattr(row, setting.field) is not None for row in entry.rows)]
+    lines = [
+        entry
+        for entry in series
+        if setting.axis == "l0" or any(getattr(row, setting.field) is not None for row in entry.rows)
+    ]
     seen: list[float] = []
     for entry in series:
         place = (lines.index(entry) - (len(lines) - 1) / 2) * _DODGE if entry in lines else 0.0

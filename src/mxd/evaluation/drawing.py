@@ -1,6 +1,7 @@
 """What all pictures share: names, colours, sizes, and how a figure becomes a file or a part of a page."""
 
 import io
+import math
 import re
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
@@ -154,20 +155,44 @@ def figure(
 
 
 def add_legend(drawing: "matplotlib.figure.Figure", axes: "Sequence[matplotlib.axes.Axes]") -> None:
-    """Name the lines of all panels once, in a row below the subtitle."""
+    """Name the lines of all panels once, below the subtitle; a figure grows by the rows that do not fit into one."""
     named = {label: handle for panel in axes for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)}
-    width, height = drawing.get_size_inches()
-    drawing.legend(
-        list(named.values()),
-        list(named),
-        loc="upper left",
-        bbox_to_anchor=(0.1 / width, 1 - 0.69 / height),
-        ncols=max(len(named), 1),
-        borderaxespad=0,
-        borderpad=0,
-        handlelength=1.6,
-        columnspacing=1.6,
-    ).set_in_layout(False)
+    columns, width = max(len(named), 1), drawing.get_figwidth()
+    while True:
+        legend = drawing.legend(
+            list(named.values()),
+            list(named),
+            loc="upper left",
+            ncols=columns,
+            borderaxespad=0,
+            borderpad=0,
+            handlelength=2.4,
+            columnspacing=1.6,
+        )
+        box = legend.get_window_extent()
+        if columns == 1 or box.width <= (width - 0.2) * drawing.dpi:
+            break
+        legend.remove()
+        columns -= 1
+    rows = math.ceil(len(named) / columns)
+    if rows > 1:
+        _grow(drawing, box.height / drawing.dpi * (1 - 1 / rows))
+    legend.set_bbox_to_anchor((0.1 / width, 1 - 0.69 / drawing.get_figheight()), drawing.transFigure)
+    legend.set_in_layout(False)
+
+
+def _grow(drawing: "matplotlib.figure.Figure", inches: float) -> None:
+    """Make a figure of `figure` higher, with the room below its title."""
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    before, engine = drawing.get_figheight(), drawing.get_layout_engine()
+    drawing.set_figheight(before + inches)
+    share = before / (before + inches)
+    for text in drawing.texts:
+        text.set_y(1 - (1 - text.get_position()[1]) * share)
+    assert isinstance(engine, ConstrainedLayoutEngine), "figure() chose another layout"
+    left, bottom, wide, high = engine.get()["rect"]
+    engine.set(rect=(left, bottom, wide, high * share))
 
 
 def png(drawing: "matplotlib.figure.Figure") -> bytes:

@@ -1,10 +1,11 @@
 """From a finished run to its rows, its pictures and its report."""
 
+import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from torch import nn
 
@@ -21,7 +22,7 @@ from mxd.evaluation.rows import EvaluationRow
 from mxd.evaluation.scrutiny import Scrutiny, scrutinise
 from mxd.evaluation.students import TrainedStudent, load_students, settings_together
 from mxd.evaluation.whole_model import WholeModel, measure_model, together_row
-from mxd.layers import TopKAutoencoder
+from mxd.layers import L1, SparseLayerConfig, TopKAutoencoder
 from mxd.runs.metrics_log import read_metrics
 
 NOTABLE_DIFFERENCE = 0.1
@@ -88,10 +89,10 @@ def evaluate_run(
     return _evaluate(opened, chosen, at_once)
 
 
-def write_evaluation(run: Path, evaluation: Evaluation, *, title: str, footer: str) -> None:
-    """Write the pictures, `report.html` and last `evaluation.json` into the run's folder."""
+def write_evaluation(run: Path, evaluation: Evaluation, *, title: str, footer: str) -> list[str]:
+    """Write the pictures, `report.html` and last `evaluation.json` into the run's folder; return the files' names."""
     own = [row for row in evaluation.rows if row.as_trained]
-    draw_ablations(evaluation.rows, run)
+    ablations = draw_ablations(evaluation.rows, run)
     draw_frontier(own, run / "frontier.png")
     metrics = run / "metrics.jsonl"
     write_report(
@@ -108,6 +109,7 @@ def write_evaluation(run: Path, evaluation: Evaluation, *, title: str, footer: s
     )
     # Whoever finds it may rely on the pictures beside it being of the same numbers.
     write_record(run / EVALUATION_FILE, evaluation.record)
+    return [EVALUATION_FILE, "frontier.png", *(path.name for path in ablations), "report.html"]
 
 
 def report_notes(rows: Sequence[EvaluationRow]) -> list[str]:
@@ -193,7 +195,7 @@ def _row(whole: WholeModel, student: TrainedStudent, quality: Reconstruction, sc
         init=provenance.init,
         seed=provenance.seed,
         parameters=sum(parameter.numel() for parameter in network.parameters()),
-        flops_per_token=config.flops_per_token,
+        flops_per_token=_flops(config, student.settings.selection, quality.latents.l0),
         tokens_trained=provenance.tokens_trained,
         l0=quality.latents.l0,
         nmse=quality.content.nmse,
@@ -216,6 +218,13 @@ def _row(whole: WholeModel, student: TrainedStudent, quality: Reconstruction, sc
         ce_mean=whole.losses[f"mean {layer}"].ce,
         **whole.fields(student.candidate.name, f"zero {layer}"),
     )
+
+
+def _flops(config: SparseLayerConfig, selection: str | None, l0: float) -> int:
+    """Return the operations of a token; with l1, of which any number of latents may be active, of a mean one."""
+    if selection == L1.name and math.isfinite(l0):
+        config = replace(cast("Any", config), k=max(1, round(l0)))
+    return config.flops_per_token
 
 
 def _notable(everywhere: float, content: float) -> float | None:

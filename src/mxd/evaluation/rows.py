@@ -60,7 +60,8 @@ class EvaluationRow:
     """Number of parameters of the sparse layer, or of all that are in place at once; for a topk-sae on top of those of
     the MLP, which stays."""
     flops_per_token: int | None
-    """Floating-point operations of their forward pass, a multiplication and an addition counted as two."""
+    """Floating-point operations of their forward pass, a multiplication and an addition counted as two; with l1, of a
+    token with the mean number of active latents."""
     tokens_trained: int | None
     """Number of tokens trained on."""
     tokens_evaluated: int

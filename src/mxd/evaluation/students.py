@@ -57,11 +57,11 @@ def load_students(
         run: The run's folder.
         described: The `students` of its run.json.
         wanted: Ids, or `<layer>/<id>`; all where empty.
-        ks: Numbers of active latents at which to return each of them too, after all.
+        ks: Numbers of active latents at which to return each top-k student too, after all.
 
     Raises:
-        ValueError: If the run has no such student, one has fewer latents, a layer is damaged, or a description lacks
-            its layer or id.
+        ValueError: If the run has no such student, one has fewer latents, none is top-k for `ks`, a layer is damaged,
+            or a description lacks its layer or id.
     """
     for number, plan in enumerate(described):
         lacking = [field for field, kind in (("layer", int), ("id", str)) if not isinstance(plan.get(field), kind)]
@@ -94,6 +94,8 @@ def load_students(
                 ),
             )
         )
+    if ks and not any(student.settings.selection == TopK.name for student in students):
+        raise ValueError(f"k needs a student with selection topk, of which {run} has none here; leave it out.")
     return students + [other for student in students for other in student.at(ks)]
 
 

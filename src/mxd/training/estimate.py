@@ -278,8 +278,8 @@ def largest_grid(workload: Workload, available: int) -> Grid | None:
     # Students, parameters and copied bytes of every part, as sums over its first layers, kinds, ks and seeds.
     sums = torch.zeros(*sizes, 3, dtype=torch.int64)
     for student, cost in zip(workload.students, workload.costs, strict=True):
-        # With selection l1 there is one student for all ks.
-        k = config.k.index(student.network.k) if student.network.k in config.k else 0
+        # With selection l1 there is one student for all ks, whose k is the number of its latents.
+        k = 0 if student.l1_coefficient else config.k.index(student.network.k)
         place = config.layer.index(student.layer), config.kind.index(student.kind), k, student.seed - config.seed
         sums[place] += torch.tensor([1, cost.parameters, cost.copied_bytes])
     for axis in range(len(sizes)):
