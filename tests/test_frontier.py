@@ -1,15 +1,19 @@
+import io
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
 import pytest
 import torch
+from rich.console import Console
 
 from mxd.evaluation.comparison import compare_runs
 from mxd.evaluation.evaluate import evaluate_run
 from mxd.evaluation.faithfulness import EvaluationText, model_losses, replacement
-from mxd.evaluation.grid import frontier_points
+from mxd.evaluation.frontier_table import format_points, markdown_points
+from mxd.evaluation.grid import Metric, frontier_points
 from mxd.evaluation.intervals import seed_interval
 from mxd.evaluation.opening import open_run, read_finished_run
 from mxd.evaluation.record import read_record
@@ -170,6 +174,10 @@ def lost_key(stored: Settings) -> None:
     del cast("list[Settings]", stored["rows"])[0]["kl_interval"]
 
 
+def strange_row(stored: Settings) -> None:
+    cast("list[object]", stored["rows"])[0] = 1
+
+
 def lost_row(stored: Settings) -> None:
     cast("list[Settings]", stored["rows"]).pop(0)
 
@@ -180,6 +188,7 @@ def lost_row(stored: Settings) -> None:
         (old_version, f"of version {METRICS_VERSION - 1}"),
         (before_identities, "of another version of mxd"),
         (lost_key, "kl_interval missing"),
+        (strange_row, "must hold facts and rows"),
         (lost_row, "does not have all of its students"),
     ],
 )
@@ -331,6 +340,46 @@ def test_what_cannot_be_drawn_is_refused(
     assert tree(tmp_path) == before
 
 
+def test_a_request_that_a_later_run_cannot_meet_is_refused_before_any_is_evaluated(
+    mxd: Command, tiny: TinyRun, evaluated: Path, tmp_path: Path
+) -> None:
+    runs = [copied(evaluated, tmp_path / name) for name in ("whole", "single")]
+    for run in runs:
+        (run / "evaluation.json").unlink()
+
+    def keep_one_layer(described: Settings) -> None:
+        described["students"] = cast("list[Settings]", described["students"])[:4]
+
+    change_json(runs[1] / "run.json", keep_one_layer)
+    before = tree(tmp_path)
+    ended = mxd("frontier", *runs, "--together", "--out", tmp_path / "out")
+    assert_refused(ended, "frontier", "together needs students of several layers", f"{runs[1]} are all of layer 0")
+    change_json(runs[1] / "run.json", lambda described: cast("list[Settings]", described["students"])[0].pop("id"))
+    assert_refused(mxd("frontier", *runs, "--out", tmp_path / "out"), "frontier", "students.0 lacks id")
+    assert set(tree(tmp_path)) == set(before)
+
+
+def test_a_diverged_seed_is_not_passed_over_in_silence() -> None:
+    rows = [row(k=16, seed=seed, ce_increase=0.1 * (seed + 1)) for seed in range(3)]
+    diverged = replace(rows[2], ce_increase=math.nan, nmse=math.nan)
+    points = frontier_points([*rows[:2], EvaluationRow.from_json(diverged.to_json())])
+    means: dict[Metric, float] = {"ce_increase": 0.15, "nmse": 0.9}
+    for metric, mean in means.items():
+        estimate = points[0].estimate(metric)
+        assert estimate is not None
+        assert (estimate.mean, estimate.interval) == (pytest.approx(mean), None)
+    assert "| 2 of 3 | 0.1500 |" in markdown_points(points)
+
+
+def test_long_names_leave_the_numbers_whole() -> None:
+    long = replace(row(k=128), id="mxd-k128-batch_tokens=4096-lr=0.001-weight_decay=0.1")
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(format_points(frontier_points([long])))
+    text = console.export_text()
+    assert "…" not in text.replace(" … ", "")
+    assert {"128", "0.0123", "0.0738", "0.9385"} <= set(text.split())
+
+
 def test_points_take_seeds_together_and_keep_settings_apart() -> None:
     rows = [row(k=16, seed=seed, ce_increase=0.1 * (seed + 1)) for seed in range(3)]
     wide = replace(row(k=16), id="mxd-k16-h64")
@@ -357,7 +406,27 @@ def test_runs_that_differ_in_their_seed_alone_are_seeds_of_one_setting() -> None
     assert ids == [["mxd-k16-seed0", "transcoder-k16"], ["mxd-k16-seed1"]]
     again = RunRows(Path("x/c-d"), config, [row(k=16)])
     ids = [[found.id for found in rows] for rows in beside_each_other([*runs, again])]
-    assert ids == [["mxd-k16-a-seed0", "transcoder-k16"], ["mxd-k16-seed1"], ["mxd-k16-x_c_d-seed0"]]
+    assert ids == [["mxd-k16-run=a-seed0", "transcoder-k16"], ["mxd-k16-seed1"], ["mxd-k16-run=x_c_d-seed0"]]
     longer = RunRows(Path("d"), config | {"tokens": 200}, [row(k=16)])
     ids = [[found.id for found in rows] for rows in beside_each_other([runs[0], longer])]
     assert ids == [["mxd-k16-tokens=100-seed0", "transcoder-k16"], ["mxd-k16-tokens=200-seed0"]]
+
+
+@pytest.mark.parametrize("folders", [("seed1", "seed2"), ("k1", "k2"), ("a-b", "a_b")])
+def test_copies_of_a_run_are_no_seeds_whatever_their_folders_are_called(folders: tuple[str, str]) -> None:
+    runs = [RunRows(Path(folder), {"seed": 0}, [row(k=16)]) for folder in folders]
+    points = frontier_points([found for rows in beside_each_other(runs) for found in rows])
+    assert [(point.k, len(point.rows)) for point in points] == [(16, 1), (16, 1)]
+
+
+def test_options_are_named_as_they_are_for_a_kind() -> None:
+    rates: list[object] = [1e-05, {"mxd": 1e-05, "transcoder": 0.002}]
+    runs = [
+        RunRows(Path(f"r{seed}"), {"lr": lr}, [row(k=16, seed=seed), row("transcoder", k=16, seed=seed)])
+        for seed, lr in enumerate(rates)
+    ]
+    ids = [[found.id for found in rows] for rows in beside_each_other(runs)]
+    assert ids == [
+        ["mxd-k16-seed0", "transcoder-k16-lr=0.00001-seed0"],
+        ["mxd-k16-seed1", "transcoder-k16-seed1-lr=0.002"],
+    ]

@@ -16,6 +16,7 @@ from mxd.evaluation.record import EVALUATION_FILE, EvaluationIdentity, StoredEva
 from mxd.evaluation.report import write_report
 from mxd.evaluation.rows import EvaluationRow
 from mxd.evaluation.siblings import RunRows, beside_each_other
+from mxd.evaluation.students import settings_together, student_places
 from mxd.evaluation.tables import markdown_table
 from mxd.runs.run import is_run
 
@@ -115,17 +116,21 @@ def compare_runs(
         say: Told what is done meanwhile.
 
     Raises:
-        ValueError: If a run is not finished or named twice, or two were not, or would not be, evaluated alike. Then
-            nothing has been evaluated or written.
+        ValueError: If a run is not finished or named twice, has nothing to replace all layers at once with where that
+            is asked for, or two were not, or would not be, evaluated alike. Then nothing has been evaluated or written.
     """
     if len({run.resolve() for run in runs}) < len(runs):
         raise ValueError("Each run must be named only once; name every run once.")
     asked = _Asked(text=text, tokens=tokens, together=together)
     descriptions = [read_finished_run(run) for run in runs]
+    places = [student_places(run, description["students"]) for run, description in zip(runs, descriptions, strict=True)]
+    for run, students in zip(runs, places, strict=True):
+        if together:
+            settings_together(run, students)
     wanted = [asked.wanted(description) for description in descriptions]
     found = [
-        _reusable(asked, run, description, identity)
-        for run, description, identity in zip(runs, descriptions, wanted, strict=True)
+        _reusable(asked, run, description, students, identity)
+        for run, description, students, identity in zip(runs, descriptions, places, wanted, strict=True)
     ]
     if len(runs) > 1:
         identities = [
@@ -138,13 +143,7 @@ def compare_runs(
         if not isinstance(there, StoredEvaluation):
             place = f" ({number + 1} of {len(runs)})" if len(runs) > 1 else ""
             say(f"Evaluating {run}{place}: {there} …")
-            evaluation = evaluate_run(run, text=text, tokens=tokens, together=together, device=device)
-            there = evaluation.record
-            if text:
-                write_record(asked.file(run, there.identity), there)
-            else:
-                title = f"Sparse layers of {evaluation.facts['model']}"
-                write_evaluation(run, evaluation, title=title, footer=command)
+            there = _evaluated(asked, run, device, command)
         stored.append(there)
     measured = [
         RunRows(run, description["config"], [row for row in record.rows if row.as_trained])
@@ -153,8 +152,22 @@ def compare_runs(
     return Frontier(runs=runs, stored=stored, rows=beside_each_other(measured))
 
 
+def _evaluated(asked: _Asked, run: Path, device: str | None, command: str) -> StoredEvaluation:
+    evaluation = evaluate_run(run, text=asked.text, tokens=asked.tokens, together=asked.together, device=device)
+    record = evaluation.record
+    if asked.text:
+        write_record(asked.file(run, record.identity), record)
+    else:
+        write_evaluation(run, evaluation, title=f"Sparse layers of {record.facts['model']}", footer=command)
+    return record
+
+
 def _reusable(
-    asked: _Asked, run: Path, description: Mapping[str, Any], wanted: EvaluationIdentity | None
+    asked: _Asked,
+    run: Path,
+    description: Mapping[str, Any],
+    students: Sequence[tuple[int, str]],
+    wanted: EvaluationIdentity | None,
 ) -> StoredEvaluation | str:
     """Return a run's evaluation, or why there is none that can be used."""
     file = asked.file(run, wanted)
@@ -170,8 +183,7 @@ def _reusable(
         return f"its {file.name} is not of the model, context and special positions of its run.json"
     if wanted is not None and identity != wanted:
         return f"its {file.name} is of other text or another number of tokens"
-    students = {(student["layer"], student["id"]) for student in description["students"]}
-    if {(row.layer, row.id) for row in stored.rows if row.layer is not None and row.as_trained} != students:
+    if {(row.layer, row.id) for row in stored.rows if row.layer is not None and row.as_trained} != set(students):
         return f"its {file.name} does not have all of its students"
     if asked.together and not any(row.layer is None for row in stored.rows):
         return f"its {file.name} has no rows for all layers together"

@@ -56,6 +56,8 @@ _SETTINGS: "dict[RcKeyType, Any]" = {
     "grid.color": GRID,
     "grid.linewidth": 0.7,
     "legend.frameon": False,
+    # Dollar signs in the names of folders are no formulas.
+    "text.parse_math": False,
     "svg.fonttype": "none",
     "svg.hashsalt": "mxd",
 }

@@ -82,7 +82,8 @@ def evaluate_run(
     """
     description = read_finished_run(run)
     chosen = load_students(run, description["students"], students, ks)
-    at_once = settings_together(chosen) if together else {}
+    places = [(student.candidate.layer, student.id) for student in chosen if student.as_trained]
+    at_once = settings_together(run, places) if together else {}
     opened = open_run(run, description, text, tokens, device)
     for student in chosen:
         student.candidate.network.to(next(cast("nn.Module", opened.language_model.model).parameters()).device)
@@ -118,20 +119,19 @@ def report_notes(rows: Sequence[EvaluationRow]) -> list[str]:
 
 
 def _evaluate(
-    opened: OpenedRun, students: Sequence[TrainedStudent], at_once: Mapping[str, Sequence[TrainedStudent]]
+    opened: OpenedRun, students: Sequence[TrainedStudent], at_once: Mapping[str, Sequence[str]]
 ) -> Evaluation:
     language_model, text = opened.language_model, opened.text
     model = cast(nn.Module, language_model.model)
+    named = {student.candidate.name: student for student in students}
     candidates = [student.candidate for student in students]
     quality = reconstructions(model, candidates, text)
-    together = {name: [member.candidate for member in members] for name, members in at_once.items()}
+    together = {name: [named[member].candidate for member in members] for name, members in at_once.items()}
     whole = measure_model(language_model, candidates, together, quality, text, opened.held_out.num_bytes)
     latents = {name: judged.latents for name, judged in quality.items()}
     scrutiny = scrutinise(model, candidates, latents, text)
-    rows = {name: _row(whole, student, quality[name], scrutiny[name]) for name, student in _named(students).items()}
-    several = [
-        together_row(whole, name, [rows[member.name] for member in members]) for name, members in together.items()
-    ]
+    rows = {name: _row(whole, student, quality[name], scrutiny[name]) for name, student in named.items()}
+    several = [together_row(whole, name, [rows[member] for member in members]) for name, members in at_once.items()]
     shown = next(
         (student for student in students if quality[student.candidate.name].specialisation is not None), students[0]
     )
@@ -151,10 +151,6 @@ def _evaluate(
         use={s.candidate.name: use_histogram(latents[s.candidate.name]) for s in students if s.as_trained},
         identity=opened.identity,
     )
-
-
-def _named(students: Sequence[TrainedStudent]) -> dict[str, TrainedStudent]:
-    return {student.candidate.name: student for student in students}
 
 
 def _facts(opened: OpenedRun, students: Sequence[TrainedStudent]) -> dict[str, str]:

@@ -31,7 +31,7 @@
   const colour = (kind) => `var(--kind-${kind}, ${styles[kind].colour})`;
   const metricName = () => data.metrics.find((entry) => entry.id === metric).name;
 
-  // The scale is chosen as in the picture: by what the points span. Intervals far beyond them are cut.
+  // By what the points span, as in the picture, save that one across 0 stays linear. Intervals far beyond are cut.
   function scaleOf(values, intervals) {
     const least = Math.min(...values), most = Math.max(...values);
     const logarithmic = least > 0 && most > 10 * least;

@@ -142,7 +142,7 @@ def _draw_panel(
     here = [point for point in points if point.layer == layer]
     series = _series(here, metric)
     if not series:
-        axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", va="center", color=MUTED)
+        axes.text(0.5, 0.5, "nothing to show", transform=axes.transAxes, ha="center", va="center", color=MUTED)
         axes.set(xticks=[], yticks=[])
     elif has_lines(points, layer):
         _draw_lines(axes, series, here, metric)

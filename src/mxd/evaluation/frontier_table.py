@@ -18,7 +18,8 @@ def format_points(points: Sequence[FrontierPoint]) -> Table:
     """Return the points as a table for a terminal; the interval is that of the cross-entropy's increase."""
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.padding = (0, 1, 0, 0)
-    table.add_column("Kind", no_wrap=True)
+    # Names of settings may be long; numbers must never be cut for them.
+    table.add_column("Kind", overflow="fold")
     for heading in ("K", "Seeds", _SHORT["ce_increase"], "95 % interval", *list(_SHORT.values())[1:]):
         table.add_column(heading, justify="right", no_wrap=True)
     for layer in drawn_layers(points):
@@ -28,7 +29,7 @@ def format_points(points: Sequence[FrontierPoint]) -> Table:
             interval = None if increase is None else increase.interval
             shown = "–" if interval is None else f"{_number(interval[0])} … {_number(interval[1])}"
             means = [_mean(point, metric) for metric in METRIC_NAMES]
-            table.add_row(Text(point.name), _sparsity(point), str(len(point.rows)), means[0], shown, *means[1:])
+            table.add_row(Text(point.name), _sparsity(point), _seeds(point), means[0], shown, *means[1:])
     return table
 
 
@@ -43,15 +44,13 @@ def markdown_points(points: Sequence[FrontierPoint]) -> str:
             cells = [_with_interval(point, metric) for metric in METRIC_NAMES]
             place = "all" if layer is None else str(layer)
             name = point.name.replace("|", r"\|")
-            lines.append([place, name, _sparsity(point), *sizes, str(len(point.rows)), *cells])
+            lines.append([place, name, _sparsity(point), *sizes, _seeds(point), *cells])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def markdown_students(rows: Sequence[EvaluationRow]) -> str:
     """Return each student's losses as a Markdown table, with their intervals over evaluation documents."""
-    measured: list[Metric] = [
-        metric for metric in METRIC_NAMES if f"{metric}_interval" in EvaluationRow.__dataclass_fields__
-    ]
+    measured: list[Metric] = ["ce_increase", "kl", "loss_recovered"]
     lines = [["Layer", "Student", *(METRIC_NAMES[metric] for metric in measured)]]
     lines.append(["--:", ":--", *["--:"] * len(measured)])
     for row in rows:
@@ -66,6 +65,13 @@ def _ordered(points: Sequence[FrontierPoint], layer: int | None) -> list[Frontie
 
 def _sparsity(point: FrontierPoint) -> str:
     return point.sparsity.removeprefix("K = ")
+
+
+def _seeds(point: FrontierPoint) -> str:
+    """Return how many seeds there are, and of how many the mean is where some diverged."""
+    increase = point.estimate("ce_increase")
+    finite, seeds = 0 if increase is None else len(increase.values), len(point.rows)
+    return str(seeds) if finite == seeds else f"{finite} of {seeds}"
 
 
 def _mean(point: FrontierPoint, metric: Metric) -> str:

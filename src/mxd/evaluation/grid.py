@@ -20,10 +20,11 @@ METRIC_NAMES: dict[Metric, str] = {
 }
 
 HOW_INTERVALS_WERE_MADE = (
-    "Intervals are of 95 %. Of several seeds: Student's t interval of the mean over seeds, on the same text. Of a "
-    "single seed: percentile bootstrap over evaluation documents, the original model and the replaced one on the same "
-    "1,000 resamples; a document's tokens stay together although they are packed into contexts, for it is documents "
-    "that are independent of each other. There is none over documents for the normalised squared error."
+    "Intervals are of 95 %. Of several seeds: Student's t interval of the mean over seeds, on the same text; none "
+    "where a seed diverged, and the mean is then of the others. Of a single seed: percentile bootstrap over "
+    "evaluation documents, the original model and the replaced one on the same 1,000 resamples; a document's tokens "
+    "stay together although they are packed into contexts, for it is documents that are independent of each other. "
+    "There is none over documents for the normalised squared error."
 )
 
 
@@ -33,7 +34,7 @@ class Estimate(NamedTuple):
     values: tuple[float, ...]
     """Of each seed; those that are not finite are left out."""
     over_seeds: Interval | None
-    """95 % t interval of the mean over seeds; None with one."""
+    """95 % t interval of the mean over seeds; None with one, or where one diverged."""
     over_documents: Interval | None
     """95 % bootstrap interval over evaluation documents; None with several seeds, whose rows have one each."""
 
@@ -85,12 +86,14 @@ class FrontierPoint(NamedTuple):
 
     def estimate(self, metric: Metric) -> Estimate | None:
         """Return a metric of this point; None where no seed has it."""
-        found = [(row, value) for row in self.rows if (value := getattr(row, metric)) is not None]
-        values = tuple(value for _, value in found if math.isfinite(value))
+        found: list[float | None] = [getattr(row, metric) for row in self.rows]
+        values = tuple(value for value in found if value is not None and math.isfinite(value))
         if not values:
             return None
         documents: Interval | None = getattr(self.rows[0], f"{metric}_interval", None)
-        return Estimate(values, seed_interval(values), documents if len(self.rows) == 1 else None)
+        # Where some diverged, the others are no sample of all seeds.
+        over_seeds = seed_interval(values) if len(values) == len(self.rows) else None
+        return Estimate(values, over_seeds, documents if len(self.rows) == 1 else None)
 
     def to_json(self) -> dict[str, JSON]:
         """Return the point as frontier.json has it."""

@@ -82,9 +82,10 @@ def read_record(path: Path) -> StoredEvaluation:
         raise ValueError(
             f"{path} must be of version {METRICS_VERSION} of the metrics; it is of version {identity['metrics']}."
         )
-    if not isinstance(facts, dict) or not isinstance(rows, list):
+    listed = cast("list[object]", rows if isinstance(rows, list) else [None])
+    if not isinstance(facts, dict) or not all(isinstance(row, dict) for row in listed):
         raise ValueError(f"{path} must hold facts and rows; it does not.")
-    read = [EvaluationRow.from_json(row) for row in cast("list[dict[str, JSON]]", rows)]
+    read = [EvaluationRow.from_json(cast("dict[str, JSON]", row)) for row in listed]
     return StoredEvaluation(EvaluationIdentity(**identity), cast("dict[str, str]", facts), read)
 
 

@@ -3,10 +3,11 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from decimal import Decimal
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
-from mxd.evaluation.drawing import split_student
+from mxd.evaluation.drawing import kind_of, split_student
 from mxd.evaluation.rows import EvaluationRow
 from mxd.settings import StudentSettings
 
@@ -36,8 +37,8 @@ def beside_each_other(runs: Sequence[RunRows]) -> list[list[EvaluationRow]]:
     differ among all runs, so that what is alike has one name and what is not has two: a run's `mxd-k16` becomes
     `mxd-k16-h64` beside a run of another width. Where runs then still have students of one name, those that were
     trained alike but for their seed are seeds of one setting, and their ids name the seed; others are settings of
-    their own, and their ids name every option in which the runs differ, as in `mxd-k16-lr=0.001`, and the run's folder
-    where nothing else tells them apart.
+    their own, and their ids name every option in which the runs differ, as in `mxd-k16-lr=0.001`, and where nothing
+    else tells them apart the run's folder, as in `mxd-k16-run=old`.
     """
     runs = _with_settings(runs) if len(runs) > 1 else runs
     renamed = [list(measured.rows) for measured in runs]
@@ -91,23 +92,35 @@ def _renamed(row: EvaluationRow, suffix: str) -> EvaluationRow:
 
 def _suffixes(runs: Sequence[RunRows], group: str) -> list[str]:
     """Return what the ids of a group's students must say beyond their names, run by run."""
+    kind = kind_of(group)
     names = sorted({name for measured in runs for name in measured.config} - _NO_SETTINGS)
-    differing = [name for name in names if any(m.config.get(name) != runs[0].config.get(name) for m in runs)]
-    suffixes = ["".join(f"-{name}={_word(m.config.get(name))}" for name in differing) for m in runs]
+    options = [{name: _of_kind(measured.config.get(name), kind) for name in names} for measured in runs]
+    differing = [name for name in names if any(given[name] != options[0][name] for given in options)]
+    suffixes = ["".join(f"-{name}={_word(given[name])}" for name in differing) for given in options]
     seen: dict[tuple[object, ...], set[str]] = {}
     for measured, suffix in zip(runs, suffixes, strict=True):
         for row in measured.rows:
             if _group(row) == group:
                 seen.setdefault((suffix, row.layer, row.k, row.seed), set()).add(str(measured.run))
     doubled = {run for found in seen.values() if len(found) > 1 for run in found}
+    folders = [_word(str(measured.run)) for measured in runs]
+    if len(set(folders)) < len(folders):
+        folders = [f"{number}_{folder}" for number, folder in enumerate(folders, 1)]
     return [
-        suffix + (f"-{_word(str(m.run))}" if str(m.run) in doubled else "")
-        for m, suffix in zip(runs, suffixes, strict=True)
+        suffix + (f"-run={folder}" if str(measured.run) in doubled else "")
+        for measured, suffix, folder in zip(runs, suffixes, folders, strict=True)
     ]
+
+
+def _of_kind(value: object, kind: str) -> object:
+    """Return what an option is for a kind, where it is given kind by kind, as learning rates may be."""
+    return cast("Mapping[str, object]", value).get(kind) if isinstance(value, Mapping) else value
 
 
 def _word(value: object) -> str:
     """Return a value as a part of an id."""
-    text = "+".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-    # Of a path the last folder says enough, unless another ends alike; "-" would begin another part of the id.
+    # "-" would begin another part of the id, also that of 1e-05.
+    text = format(Decimal(str(value)), "f") if isinstance(value, float) else str(value)
+    if isinstance(value, list | tuple):
+        text = "+".join(map(str, cast("Sequence[object]", value)))
     return re.sub(r"[^\w.+=]+", "_", text).strip("_")

@@ -48,6 +48,26 @@ class TrainedStudent:
             yield replace(self, id=f"{self.id}-at{k}", candidate=candidate)
 
 
+def student_places(run: Path, described: Sequence[Mapping[str, Any]]) -> list[tuple[int, str]]:
+    """Return the layer and the id of each of a run's students.
+
+    Args:
+        run: The run's folder, for messages.
+        described: The `students` of its run.json.
+
+    Raises:
+        ValueError: If a description lacks its layer or id.
+    """
+    for number, plan in enumerate(described):
+        lacking = [field for field, kind in (("layer", int), ("id", str)) if not isinstance(plan.get(field), kind)]
+        if lacking:
+            raise ValueError(
+                f"Every student in {run / CONFIGURATION_FILE} must have its layer, a number, and id, a text; "
+                f"students.{number} lacks {' and '.join(lacking)}; restore the file from a copy."
+            )
+    return [(plan["layer"], plan["id"]) for plan in described]
+
+
 def load_students(
     run: Path, described: Sequence[Mapping[str, Any]], wanted: Collection[str] = (), ks: Collection[int] = ()
 ) -> list[TrainedStudent]:
@@ -63,27 +83,22 @@ def load_students(
         ValueError: If the run has no such student, one has fewer latents, none is top-k for `ks`, a layer is damaged,
             or a description lacks its layer or id.
     """
-    for number, plan in enumerate(described):
-        lacking = [field for field, kind in (("layer", int), ("id", str)) if not isinstance(plan.get(field), kind)]
-        if lacking:
-            raise ValueError(
-                f"Every student in {run / CONFIGURATION_FILE} must have its layer, a number, and id, a text; "
-                f"students.{number} lacks {' and '.join(lacking)}; restore the file from a copy."
-            )
-    names = {f"{plan['layer']}/{plan['id']}": plan["id"] for plan in described}
+    places = student_places(run, described)
+    names = {f"{layer}/{id}": id for layer, id in places}
     unknown = [name for name in wanted if name not in names and name not in names.values()]
     if unknown:
         raise ValueError(f"{run} has no student {', '.join(unknown)}; its students are {', '.join(names)}.")
     students: list[TrainedStudent] = []
-    for plan in described:
-        name = f"{plan['layer']}/{plan['id']}"
-        if wanted and name not in wanted and plan["id"] not in wanted:
+    for number, (layer, id) in enumerate(places):
+        name = f"{layer}/{id}"
+        if wanted and name not in wanted and id not in wanted:
             continue
         checkpoint = load_checkpoint(run / "layers" / name)
-        candidate = Candidate(name=name, layer=plan["layer"], network=checkpoint.layer)
+        candidate = Candidate(name=name, layer=layer, network=checkpoint.layer)
+        plan = described[number]
         students.append(
             TrainedStudent(
-                id=plan["id"],
+                id=id,
                 candidate=candidate,
                 provenance=checkpoint.provenance,
                 k_trained=checkpoint.layer.config.k,
@@ -99,28 +114,34 @@ def load_students(
     return students + [other for student in students for other in student.at(ks)]
 
 
-def settings_together(students: Sequence[TrainedStudent]) -> dict[str, list[TrainedStudent]]:
-    """Return which students stand in a model all at once, by the ids of their rows: none but as they were trained.
+def settings_together(run: Path, places: Sequence[tuple[int, str]]) -> dict[str, list[str]]:
+    """Return which students, as `<layer>/<id>`, stand in a model all at once, by the ids of their rows.
 
     Each id that every layer has is one setting, `together/<id>`; where there is none, but one student a layer, they are
     `together`.
 
+    Args:
+        run: Whose students they are, for messages.
+        places: The layer and the id of each.
+
     Raises:
         ValueError: If there is one layer alone, or several students a layer and no id that every layer has.
     """
-    students = [student for student in students if student.as_trained]
-    layers = sorted({student.candidate.layer for student in students})
+    layers = sorted({layer for layer, _ in places})
     if len(layers) == 1:
-        raise ValueError(f"together needs students of several layers; all are of layer {layers[0]}. Leave it out.")
-    by_id: dict[str, list[TrainedStudent]] = {}
-    for student in students:
-        by_id.setdefault(student.id, []).append(student)
+        raise ValueError(
+            f"together needs students of several layers; those of {run} are all of layer {layers[0]}. Leave it out."
+        )
+    by_id: dict[str, list[str]] = {}
+    for layer, id in places:
+        by_id.setdefault(id, []).append(f"{layer}/{id}")
     everywhere = {f"{TOGETHER}/{id}": members for id, members in by_id.items() if len(members) == len(layers)}
     if everywhere:
         return everywhere
-    if len(students) > len(layers):
+    if len(places) > len(layers):
         raise ValueError(
             f"together needs students of the same name on all of the layers {', '.join(map(str, layers))}, or one "
-            "student a layer; no name is on all of them. Choose with --student, as in --student 0/mxd-k16 1/mxd-k32."
+            f"student a layer; those of {run} are not so. Leave it out, or choose some for mxd evaluate, as in "
+            "--student 0/mxd-k16 1/mxd-k32."
         )
-    return {TOGETHER: students}
+    return {TOGETHER: [f"{layer}/{id}" for layer, id in places]}
