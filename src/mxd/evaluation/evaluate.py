@@ -304,6 +304,7 @@ def _row(whole: _WholeModel, student: TrainedStudent, quality: Reconstruction, s
         rank=getattr(config, "rank", None),
         normalize_experts=getattr(config, "normalize_experts", getattr(config, "normalize_decoder", None)),
         selection=network.selection.name,
+        shared_penalty=student.shared_penalty,
         l1_coefficient=student.l1_coefficient,
         random_k=student.random_k,
         init=provenance.init,

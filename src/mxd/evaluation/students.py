@@ -24,6 +24,8 @@ class TrainedStudent:
     """How it came about."""
     k_trained: int
     """Number of active latents that it was trained with."""
+    shared_penalty: float | None = None
+    """What it was charged for the variance that its shared expert carries."""
     l1_coefficient: float | None = None
     """Weight of the L1 penalty that it was trained with, if any."""
     random_k: bool | None = None
@@ -83,6 +85,7 @@ def load_students(
                 candidate=candidate,
                 provenance=checkpoint.provenance,
                 k_trained=checkpoint.layer.config.k,
+                shared_penalty=plan.get("shared_penalty") or None,
                 l1_coefficient=plan.get("l1_coefficient") or None,
                 random_k=bool(plan.get("random_k")) if checkpoint.layer.selection.name == TopK.name else None,
             )

@@ -3,6 +3,7 @@
 from mxd.models.loading import LanguageModel, digest, fingerprint, load_language_model, require_device
 from mxd.models.sites import MLP_SITES, MlpSite, MlpSpec, find_mlp, num_layers
 from mxd.models.surgery import MlpPair, Replacement, ablate_mlp, capture_mlp, mlp_pairs, replace_mlp
+from mxd.models.weights import apply_mlp, mlp_weights
 
 __all__ = [
     "MLP_SITES",
@@ -12,12 +13,14 @@ __all__ = [
     "MlpSpec",
     "Replacement",
     "ablate_mlp",
+    "apply_mlp",
     "capture_mlp",
     "digest",
     "find_mlp",
     "fingerprint",
     "load_language_model",
     "mlp_pairs",
+    "mlp_weights",
     "num_layers",
     "replace_mlp",
     "require_device",

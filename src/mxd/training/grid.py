@@ -3,15 +3,15 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import cast
+from typing import Literal, cast
 
 import torch
 
-from mxd.layers import L1, LayerRequest, SparseLayer, SparseLayerConfig, TopK, require_kind
+from mxd.layers import L1, Init, LayerRequest, SparseLayer, SparseLayerConfig, TopK, require_kind
 from mxd.layers.activations import Activation, activation_function
 from mxd.layers.sizing import match_budget, transcoder_budget
 from mxd.models import MlpSite
-from mxd.training.config import Settings, TrainConfig, values_of
+from mxd.training.config import InitChoice, Settings, TrainConfig, values_of
 from mxd.training.student import random_ks
 
 REFERENCE_WIDTH = 256
@@ -39,6 +39,10 @@ class StudentPlan:
     """Weight of the L1 penalty; 0 where the selection is not l1."""
     random_k: bool = False
     """Whether training draws the number of active latents anew each step."""
+    init: Init = "paper"
+    """Where its weights begin."""
+    shared_penalty: float = 0.0
+    """What it is charged for the variance that no latent carries; 0 where latents carry all."""
 
     @property
     def parameters(self) -> int:
@@ -106,7 +110,19 @@ def _student(config: TrainConfig, site: MlpSite, kind: str, k: int, settings: Se
         lr=learning_rate(config, kind, network.d_in),
         l1_coefficient=(settings.l1_coefficient or 0.0) if settings.selection == L1.name else 0.0,
         random_k=random_k,
+        init=_init(kind, settings.init),
+        shared_penalty=_shared_penalty(kind, settings.shared_penalty),
     )
+
+
+def _init(kind: str, asked: InitChoice) -> Init:
+    inits = require_kind(kind).layer.inits
+    return asked if asked != "auto" and asked in inits else inits[0] if asked == "auto" else "paper"
+
+
+def _shared_penalty(kind: str, asked: float | Literal["auto"]) -> float:
+    own = require_kind(kind).layer.shared_penalty
+    return own if isinstance(asked, str) or own == 0 else asked
 
 
 def _network(config: TrainConfig, site: MlpSite, kind: str, k: int, settings: Settings) -> SparseLayerConfig:
@@ -168,5 +184,7 @@ def _parts(student: StudentPlan) -> dict[str, str]:
         "selection": read("selection"),
         "l1_coefficient": f"c{student.l1_coefficient:g}" if student.l1_coefficient else None,
         "random_k": ("random" if student.random_k else "fixed") if read("selection") == TopK.name else None,
+        "init": student.init,
+        "shared_penalty": f"p{student.shared_penalty:g}" if require_kind(student.kind).layer.shared_penalty else None,
     }
     return {name: str(value) for name, value in found.items() if value is not None}
