@@ -33,7 +33,7 @@ def mlp_weights(site: MlpSite) -> MlpWeights:
     """
     dtype, device = _placed(site)
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(PROBES, site.d_in, generator=generator).to(device)
+    x = torch.randn(1, PROBES, site.d_in, generator=generator).to(device)
     with torch.no_grad():
         expected = site(x.to(dtype)).float()
         tolerance = max(TOLERANCE, 8 * torch.finfo(dtype).eps)

@@ -11,6 +11,7 @@ from mxd.layers.sizing import EXPANSION
 Value = TypeVar("Value")
 EncoderChoice = Literal["auto", "mlp", "glu"]
 InitChoice = Literal["auto", "paper", "model"]
+PenaltyChoice = float | Literal["auto"]
 WidthChoice = int | Literal["auto"]
 
 
@@ -27,7 +28,7 @@ class Settings(NamedTuple):
     l1_coefficient: float | None
     random_k: bool
     init: InitChoice
-    shared_penalty: float | Literal["auto"]
+    shared_penalty: PenaltyChoice
 
 
 def values_of(setting: Value | tuple[Value, ...]) -> tuple[Value, ...]:
@@ -76,7 +77,7 @@ class TrainConfig:
     """Whether training draws K anew each step, uniformly from half to one and a half times k (topk only)."""
     init: InitChoice | tuple[InitChoice, ...] = "auto"
     """Where weights begin: paper (as released), model (a dense branch as the MLP's own), or auto, by kind."""
-    shared_penalty: float | Literal["auto"] | tuple[float, ...] = "auto"
+    shared_penalty: PenaltyChoice | tuple[PenaltyChoice, ...] = "auto"
     """What a shared-transcoder is charged for the variance that its shared expert carries: docs/method.md."""
     init_from: str | None = None
     """Folder of a run whose students of the same names these begin from."""

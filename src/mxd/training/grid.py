@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import Literal, cast
+from typing import cast
 
 import torch
 
@@ -11,7 +11,7 @@ from mxd.layers import L1, Init, LayerRequest, SparseLayer, SparseLayerConfig, T
 from mxd.layers.activations import Activation, activation_function
 from mxd.layers.sizing import match_budget, transcoder_budget
 from mxd.models import MlpSite
-from mxd.training.config import InitChoice, Settings, TrainConfig, values_of
+from mxd.training.config import InitChoice, PenaltyChoice, Settings, TrainConfig, values_of
 from mxd.training.student import random_ks
 
 REFERENCE_WIDTH = 256
@@ -120,7 +120,7 @@ def _init(kind: str, asked: InitChoice) -> Init:
     return asked if asked != "auto" and asked in inits else inits[0] if asked == "auto" else "paper"
 
 
-def _shared_penalty(kind: str, asked: float | Literal["auto"]) -> float:
+def _shared_penalty(kind: str, asked: PenaltyChoice) -> float:
     own = require_kind(kind).layer.shared_penalty
     return own if isinstance(asked, str) or own == 0 else asked
 
