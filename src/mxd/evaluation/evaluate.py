@@ -35,6 +35,7 @@ from mxd.evaluation.report import ExpertPage, write_report
 from mxd.evaluation.rows import TOGETHER, EvaluationRow
 from mxd.evaluation.scrutiny import Scrutiny, scrutinise
 from mxd.evaluation.students import TrainedStudent, load_students, require_one_per_layer
+from mxd.evaluation.trade import draw_trade
 from mxd.layers import TopKAutoencoder
 from mxd.metrics import loss_recovered
 from mxd.models import LanguageModel, fingerprint, load_language_model
@@ -170,6 +171,7 @@ def write_evaluation(run: Path, evaluation: Evaluation, *, title: str, footer: s
     rows: list[JSON] = [row.to_json() for row in evaluation.rows]
     write_json_atomically(run / "evaluation.json", {"facts": dict(evaluation.facts), "rows": rows})
     draw_ablations(evaluation.rows, run)
+    draw_trade(evaluation.rows, run / "trade.png")
     own = [row for row in evaluation.rows if row.k == row.k_trained]
     draw_frontier(own, run / "frontier.png")
     metrics = run / "metrics.jsonl"

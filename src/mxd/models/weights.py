@@ -40,7 +40,7 @@ def mlp_weights(site: MlpSite) -> MlpWeights:
         for weights in _readings(site):
             error = (apply_mlp(weights, x, site.activation) - expected).norm() / expected.norm()
             if error <= tolerance:
-                return MlpWeights(*(None if weight is None else weight.contiguous() for weight in weights))
+                return weights
     raise ValueError(
         f"the MLP at {site.path} must be dense linear maps around a known activation for a layer to begin as it; "
         "it computes something else. Begin with --init paper."
@@ -57,7 +57,7 @@ def apply_mlp(
     """
     function = activation_function(str(activation))
     hidden = x @ weights.W_enc + weights.b_enc
-    if weights.W_enc_gate is None:
+    if weights.W_enc_gate is None or weights.b_enc_gate is None:
         hidden = function(hidden)
     else:
         hidden = function(x @ weights.W_enc_gate + weights.b_enc_gate) * hidden
