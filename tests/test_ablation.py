@@ -44,6 +44,14 @@ GRIDS: dict[str, dict[str, object]] = {
     "normalization": {"kind": ("mxd", "low-rank", "transcoder"), "normalize_experts": (True, False)},
     "sae": {"kind": ("mxd", "transcoder", "topk-sae"), "k": (8, 16, 32, 64)},
     "molt": {"kind": ("mxd", "transcoder", "molt"), "k": (8, 16, 32, 64)},
+    "shared": {
+        "kind": ("transcoder", "skip-transcoder", "mxd", "shared-transcoder"),
+        "k": (16,),
+        "init": ("auto", "model"),
+        "shared_penalty": (0.03, 0.1, 0.3, 1.0),
+        "tokens": 8_000_000,
+        "schedule": "linear",
+    },
 }
 BUNDLED: dict[str, object] = {"layer": (3,), "k": (32,), "expansion": 32, "tokens": 2_000_000, "seeds": 3}
 STORIES: dict[str, object] = {"layer": (2,), "k": (16,), "expansion": 32, "tokens": 8_000_000, "seeds": 3}
@@ -51,7 +59,7 @@ RANKS: dict[str, dict[str, tuple[int, ...]]] = {
     "rank": {"bundled": (16, 32, 64, 128, 256), "stories": (4, 8, 16, 32, 64)},
     "molt": {"bundled": (64, 256), "stories": (16, 64)},
 }
-STUDENTS = dict(zip(GRIDS, (6, 6, 7, 12, 24, 6, 12, 16), strict=True))
+STUDENTS = dict(zip(GRIDS, (6, 6, 7, 12, 24, 6, 12, 16, 8), strict=True))
 
 
 @pytest.mark.parametrize("name", GRIDS)

@@ -18,6 +18,7 @@ from mxd.layers import (
     LinearTransformMixtureConfig,
     LowRankMixtureConfig,
     MixtureOfDecodersConfig,
+    SharedTranscoderConfig,
     SkipTranscoderConfig,
     SparseLayer,
     SparseLayerConfig,
@@ -32,6 +33,10 @@ CONFIGS: dict[str, tuple[str, SparseLayerConfig]] = {
     "mxd-glu": ("mxd", replace(MIXTURE, encoder="glu", normalize_experts=False)),
     "transcoder": ("transcoder", TranscoderConfig(d_in=6, d_out=5, num_latents=12, k=3)),
     "skip-transcoder": ("skip-transcoder", SkipTranscoderConfig(d_in=6, d_out=5, num_latents=12, k=3)),
+    "shared-transcoder": (
+        "shared-transcoder",
+        SharedTranscoderConfig(d_in=6, d_hidden=8, d_out=5, num_latents=12, k=3),
+    ),
     "topk-sae": ("topk-sae", TopKAutoencoderConfig(d_in=6, num_latents=12, k=3, normalize_decoder=False)),
     "low-rank": ("low-rank", LowRankMixtureConfig(d_in=6, d_hidden=8, d_out=5, num_experts=12, rank=4, k=3)),
     "molt": ("molt", LinearTransformMixtureConfig(d_in=6, d_out=5, num_latents=12, rank=4, k=3)),

@@ -39,6 +39,7 @@ KEYS = [
     "rank",
     "normalize_experts",
     "selection",
+    "shared_penalty",
     "l1_coefficient",
     "random_k",
     "init",

@@ -27,6 +27,7 @@ from mxd.layers import (
     LowRankMixtureConfig,
     MixtureOfDecoders,
     MixtureOfDecodersConfig,
+    SharedTranscoderConfig,
     SkipTranscoderConfig,
     SparseCode,
     SparseLayer,
@@ -53,6 +54,10 @@ EXAMPLES = {
     "low-rank": LowRankMixtureConfig(d_in=6, d_hidden=9, d_out=5, num_experts=20, rank=3, k=3),
     "low-rank, GLU encoder": LowRankMixtureConfig(
         d_in=4, d_hidden=3, d_out=7, num_experts=11, rank=6, k=2, encoder="glu", normalize_experts=False
+    ),
+    "shared-transcoder": SharedTranscoderConfig(d_in=6, d_hidden=9, d_out=5, num_latents=20, k=3),
+    "shared-transcoder, GLU": SharedTranscoderConfig(
+        d_in=4, d_hidden=3, d_out=7, num_latents=11, k=2, activation="silu", encoder="glu"
     ),
     "molt": LinearTransformMixtureConfig(d_in=6, d_out=5, num_latents=20, rank=4, k=3),
     "mxd, all positive active": replace(MIXTURE, selection="l1", k=20),

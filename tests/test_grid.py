@@ -30,6 +30,8 @@ VALUES: Mapping[str, tuple[object, ...]] = {
     "selection": ("topk", "batch-topk", "l1"),
     "l1_coefficient": (None, 0.1, 0.01),
     "random_k": (False, True),
+    "init": ("auto", "paper", "model"),
+    "shared_penalty": ("auto", 0.1, 1.0),
 }
 
 
@@ -89,7 +91,7 @@ def grids(draw: st.DrawFn) -> dict[str, object]:
 
     grid: dict[str, object] = {name: some(VALUES[name], 2) for name in VALUES}
     grid |= {
-        "kind": some(("mxd", "transcoder", "low-rank", "molt")),
+        "kind": some(("mxd", "transcoder", "shared-transcoder", "low-rank", "molt")),
         "k": some((2, 8)),
         "seeds": draw(st.integers(1, 2)),
     }

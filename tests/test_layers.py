@@ -19,6 +19,7 @@ from mxd.layers import (
     MixtureOfDecoders,
     MixtureOfDecodersConfig,
     MlpEncoder,
+    SharedTranscoderConfig,
     SkipTranscoder,
     SkipTranscoderConfig,
     SparseLayer,
@@ -37,12 +38,14 @@ GLU = replace(MIXTURE, encoder="glu", activation="silu")
 TRANSCODER = TranscoderConfig(d_in=16, d_out=10, num_latents=200, k=4)
 SKIP = SkipTranscoderConfig(d_in=16, d_out=10, num_latents=200, k=4)
 AUTOENCODER = TopKAutoencoderConfig(d_in=16, num_latents=200, k=4)
+SHARED = SharedTranscoderConfig(d_in=16, d_hidden=24, d_out=10, num_latents=200, k=4)
 LOW_RANK = LowRankMixtureConfig(d_in=16, d_hidden=24, d_out=10, num_experts=200, rank=6, k=4)
 MOLT = LinearTransformMixtureConfig(d_in=16, d_out=10, num_latents=200, rank=6, k=4)
 EXAMPLES = {
     "mxd": MIXTURE,
     "transcoder": TRANSCODER,
     "skip-transcoder": SKIP,
+    "shared-transcoder": SHARED,
     "topk-sae": AUTOENCODER,
     "low-rank": LOW_RANK,
     "molt": MOLT,
@@ -156,6 +159,9 @@ def equation(kind: str, x: Tensor, p: Mapping[str, Tensor]) -> Tensor:
             return topk(x @ p["W_enc"] + p["b_enc"]) @ p["W_dec"] + p["b_dec"]
         case "skip-transcoder":
             return topk(x @ p["W_enc"] + p["b_enc"]) @ p["W_dec"] + x @ p["W_skip"] + p["b_dec"]
+        case "shared-transcoder":
+            z = functional.gelu(x @ p["encoder.W_enc"] + p["encoder.b_enc"])
+            return topk(x @ p["W_enc"] + p["b_enc"]) @ p["W_dec"] + z @ p["W_shared"] + p["b_dec"]
         case "low-rank":
             z = functional.gelu(x @ p["encoder.W_enc"] + p["encoder.b_enc"])
             mixed = (topk(x @ p["W_gate"] + p["b_gate"]) @ p["W_expert"]) * (z @ p["W_down"])

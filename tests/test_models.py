@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from mxd.models import (
     MLP_SITES,
     ablate_mlp,
+    apply_mlp,
     capture_mlp,
     find_mlp,
     mlp_pairs,
+    mlp_weights,
     num_layers,
     replace_mlp,
 )
@@ -129,6 +131,21 @@ def test_facts(name: str) -> None:
     assert (site.layer, site.d_in, site.d_hidden, site.d_out) == (2, 32, family.d_hidden, 32)
     assert (site.activation, site.gated) == (family.activation, family.gated)
     assert ".2" in site.path
+
+
+NO_DENSE_MLP = ("gpt2-other", "mixtral", "qwen2_moe", "qwen3_moe")
+
+
+@every_family
+def test_the_weights_of_a_dense_mlp_compute_it(name: str) -> None:
+    site = find_mlp(model_of(name), 2)
+    if name in NO_DENSE_MLP:
+        with pytest.raises(ValueError, match=r"must be dense linear maps around a known activation.*--init paper"):
+            mlp_weights(site)
+        return
+    weights, x = mlp_weights(site), torch.randn(11, 32, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(apply_mlp(weights, x, site.activation), site(x), rtol=1e-4, atol=1e-4)
+    assert (weights.W_enc_gate is not None) == site.gated
 
 
 @every_family

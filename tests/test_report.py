@@ -43,6 +43,7 @@ def row(kind: str = "mxd", k: int = 32, layer: int = 8, ce_increase: float = 0.0
         rank=None,
         normalize_experts=True,
         selection="topk",
+        shared_penalty=None,
         l1_coefficient=None,
         random_k=False,
         init="paper",

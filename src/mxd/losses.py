@@ -45,3 +45,13 @@ def l1_penalty(values: Float[Tensor, "tokens k"], lengths: Float[Tensor, "tokens
     vectors have unit length).
     """
     return (values * lengths).sum(-1).mean()
+
+
+def shared_energy(shared: Float[Tensor, "tokens d_out"], target: Float[Tensor, "tokens d_out"]) -> Float[Tensor, ""]:
+    r"""Return the variance of what the shared expert adds, weighed as the distillation loss weighs an error.
+
+    $$L_\mathrm{shared} = \frac{1}{BO} \sum_{b,o} \frac{(s_{bo} - \bar s_o)^2}{\lVert t_b \rVert_2}$$
+
+    The batch's mean is free: what is the same for all tokens is a bias, and explains nothing.
+    """
+    return distillation_loss(shared - shared.mean(0) + target, target)

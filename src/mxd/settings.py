@@ -27,6 +27,10 @@ class StudentSettings(NamedTuple):
     """Weight of the L1 penalty."""
     random_k: bool | None = None
     """Whether training draws K anew each step."""
+    init: str | None = None
+    """Where its weights began."""
+    shared_penalty: float | None = None
+    """What training charges for the variance that its shared expert carries."""
 
     def words(self) -> dict[str, str]:
         """Return how an id names each of them that is read, in the order of ids.
@@ -35,8 +39,6 @@ class StudentSettings(NamedTuple):
             >>> StudentSettings(hidden=64, encoder="glu", l1_coefficient=3e-5, random_k=False).words()
             {'hidden': 'h64', 'encoder': 'glu', 'l1_coefficient': 'c0.00003', 'random_k': 'fixed'}
         """
-        # An exponent's "-" would begin another part of the id.
-        coefficient = None if self.l1_coefficient is None else f"{Decimal(repr(self.l1_coefficient)):f}"
         words = {
             "num_latents": self.num_latents and f"n{self.num_latents}",
             "hidden": self.hidden and f"h{self.hidden}",
@@ -45,14 +47,26 @@ class StudentSettings(NamedTuple):
             "rank": self.rank and f"r{self.rank}",
             "normalize_experts": {True: "unit", False: "free", None: None}[self.normalize_experts],
             "selection": self.selection,
-            "l1_coefficient": coefficient and f"c{coefficient}",
+            "l1_coefficient": None if self.l1_coefficient is None else f"c{_plain(self.l1_coefficient)}",
             "random_k": {True: "random", False: "fixed", None: None}[self.random_k],
+            "init": self.init,
+            "shared_penalty": None if self.shared_penalty is None else f"p{_plain(self.shared_penalty)}",
         }
         return {name: str(word) for name, word in words.items() if word is not None}
 
 
+def _plain(number: float) -> str:
+    """Return a number without an exponent, whose "-" would begin another part of the id, and without a last ".0"."""
+    return f"{Decimal(repr(number)):f}".removesuffix(".0")
+
+
 def settings_of(
-    config: SparseLayerConfig, *, l1_coefficient: float | None = None, random_k: bool = False
+    config: SparseLayerConfig,
+    *,
+    l1_coefficient: float | None = None,
+    random_k: bool = False,
+    init: str | None = None,
+    shared_penalty: float | None = None,
 ) -> StudentSettings:
     """Return the settings of a student: those that its layer's configuration has, and how it is trained."""
 
@@ -70,4 +84,6 @@ def settings_of(
         selection=selection,
         l1_coefficient=l1_coefficient,
         random_k=random_k if selection == TopK.name else None,
+        init=init,
+        shared_penalty=shared_penalty,
     )

@@ -41,6 +41,8 @@ SETTINGS = (
     Setting("normalize-experts", "normalize_experts", "Rows of latents kept at unit length", "name"),
     Setting("selection", "selection", _L0, "l0", frozenset({"k", "k_trained", "l1_coefficient", "random_k"})),
     Setting("random-k", "random_k", _L0, "l0"),
+    Setting("init", "init", "Where weights begin", "name"),
+    Setting("shared-penalty", "shared_penalty", "Charge for the shared expert's variance", "number"),
     Setting("num-latents", "num_latents", "Number of latents", "number"),
 )
 """Settings in the order of their pictures. The number of latents comes last: where parameters are matched it follows

@@ -31,6 +31,7 @@ KIND_STYLES = {
     "mxd": KindStyle("MxD", "#0072b2", "o"),
     "transcoder": KindStyle("Transcoder", "#d55e00", "s"),
     "skip-transcoder": KindStyle("Skip transcoder", "#009e73", "D"),
+    "shared-transcoder": KindStyle("Shared transcoder", "#332288", "p"),
     "topk-sae": KindStyle("TopK SAE", "#cc79a7", "^"),
     "low-rank": KindStyle("Low-rank mixture", "#e69f00", "v"),
     "molt": KindStyle("MOLT", "#56b4e9", "P"),

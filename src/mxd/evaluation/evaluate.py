@@ -21,6 +21,7 @@ from mxd.evaluation.report import ExpertPage, write_report
 from mxd.evaluation.rows import EvaluationRow
 from mxd.evaluation.scrutiny import Scrutiny, scrutinise
 from mxd.evaluation.students import TrainedStudent, load_students, settings_together
+from mxd.evaluation.trade import draw_trade
 from mxd.evaluation.whole_model import WholeModel, measure_model, together_row
 from mxd.layers import L1, SparseLayerConfig, TopKAutoencoder
 from mxd.runs.metrics_log import read_metrics
@@ -93,7 +94,8 @@ def evaluate_run(
 def write_evaluation(run: Path, evaluation: Evaluation, *, title: str, footer: str) -> list[str]:
     """Write the pictures, `report.html` and last `evaluation.json` into the run's folder; return the files' names."""
     own = [row for row in evaluation.rows if row.as_trained]
-    ablations = draw_ablations(evaluation.rows, run)
+    pictures = [path.name for path in draw_ablations(evaluation.rows, run)]
+    pictures += ["trade.png"] if draw_trade(own, run / "trade.png") else []
     draw_frontier(own, run / "frontier.png")
     metrics = run / "metrics.jsonl"
     write_report(
@@ -110,7 +112,7 @@ def write_evaluation(run: Path, evaluation: Evaluation, *, title: str, footer: s
     )
     # Whoever finds it may rely on the pictures beside it being of the same numbers.
     write_record(run / EVALUATION_FILE, evaluation.record)
-    return [EVALUATION_FILE, "frontier.png", *(path.name for path in ablations), "report.html"]
+    return [EVALUATION_FILE, "frontier.png", *pictures, "report.html"]
 
 
 def report_notes(rows: Sequence[EvaluationRow]) -> list[str]:
@@ -188,6 +190,7 @@ def _row(whole: WholeModel, student: TrainedStudent, quality: Reconstruction, sc
         selection=settings.selection,
         l1_coefficient=settings.l1_coefficient,
         random_k=settings.random_k,
+        shared_penalty=settings.shared_penalty,
         init=provenance.init,
         seed=provenance.seed,
         parameters=sum(parameter.numel() for parameter in network.parameters()),

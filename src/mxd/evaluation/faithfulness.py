@@ -121,7 +121,7 @@ class _Judge:
         self._sums: dict[str, ErrorSums] = {}
         self._latents = LatentStatistics(self._network.config.num_latents)
         self._stride = max(1, text.contexts.numel() // SPECIALISATION_TOKENS)
-        self._sample: list[tuple[Tensor, Tensor]] = []
+        self._sample: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def observe(self, pair: MlpPair, content: Tensor, first_context: int) -> None:
         target = pair.target.float().flatten(0, 1)
@@ -137,7 +137,7 @@ class _Judge:
         chosen = kept.nonzero().squeeze(1)[:: self._stride]
         dense = self._network.dense_branch(x[chosen])
         if dense is not None:
-            self._sample.append((prediction[chosen].cpu(), dense.cpu()))
+            self._sample.append((prediction[chosen].cpu(), dense.cpu(), self._network.base(x[chosen]).cpu()))
 
     def result(self) -> Reconstruction:
         sample = [torch.cat(parts) for parts in zip(*self._sample, strict=True)]

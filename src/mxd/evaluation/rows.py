@@ -48,6 +48,8 @@ class EvaluationRow:
     """Whether rows that belong to latents were kept at unit length; null for kinds that have no choice."""
     selection: str | None
     """How latents are selected: `topk`, `batch-topk` or `l1`."""
+    shared_penalty: float | None
+    """What training charged for the variance that its shared expert carries; null for kinds without one."""
     l1_coefficient: float | None
     """Weight of the L1 penalty in training; null where there was none."""
     random_k: bool | None

@@ -60,6 +60,7 @@ class _Problem:
 def specialisation(
     prediction: Float[Tensor, "tokens d_out"],
     dense: Float[Tensor, "tokens d_out"],
+    base: Float[Tensor, "tokens d_out"] | None = None,
     *,
     max_tokens: int = 8192,
     max_iterations: int = 300,
@@ -78,6 +79,8 @@ def specialisation(
     Args:
         prediction: y, the layer's predictions.
         dense: q, the dense branch that the experts modulate: z(x) D for a mixture of decoders.
+        base: What the prediction holds beside them, such as a shared expert's part; it keeps its place, so a layer that
+            leaves most of the variance to it has little to lose.
         max_tokens: Of more tokens than this, this many are used, evenly spaced from first to last.
         max_iterations: Rounds at most.
         tolerance: Stop when a round lowers the error by less than this share.
@@ -88,13 +91,15 @@ def specialisation(
     if len(prediction) > max_tokens:
         chosen = torch.linspace(0, len(prediction) - 1, max_tokens, dtype=torch.float64).round().long()
         prediction, dense = prediction[chosen.to(prediction.device)], dense[chosen.to(dense.device)]
+        base = None if base is None else base[chosen.to(base.device)]
     y, q = prediction.detach().double(), dense.detach().double()
     if len(y) == 0:
         return Specialisation(0.0, 0.0, 0)
     energy = y.square().sum().item()
+    variance = (y - y.mean(0)).square().sum().item()
+    y = y if base is None else y - base.detach().double()
     # Centring changes b only, and keeps the differences of sums exact.
     y = y - y.mean(0)
-    variance = y.square().sum().item()
     if variance <= torch.finfo(torch.float64).eps * energy:
         return Specialisation(0.0, 0.0, 0)
     scale = q.square().mean().sqrt()

@@ -106,6 +106,8 @@ def load_students(
                     checkpoint.layer.config,
                     l1_coefficient=plan.get("l1_coefficient"),
                     random_k=bool(plan.get("random_k")),
+                    init=checkpoint.provenance.init,
+                    shared_penalty=plan.get("shared_penalty"),
                 ),
             )
         )

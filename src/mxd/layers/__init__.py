@@ -7,10 +7,12 @@ from mxd.layers.dense_encoder import Encoder, GluEncoder, MlpEncoder
 from mxd.layers.linear_transform_mixture import LinearTransformMixture, LinearTransformMixtureConfig
 from mxd.layers.low_rank_mixture import LowRankMixture, LowRankMixtureConfig
 from mxd.layers.mixture_of_decoders import MixtureOfDecoders, MixtureOfDecodersConfig
+from mxd.layers.mlp_weights import MlpWeights
 from mxd.layers.request import LayerRequest, RequestedConfig
 from mxd.layers.selection import L1, BatchTopK, Selection, SelectionName, SparseCode, TopK, topk_relu
+from mxd.layers.shared_transcoder import SharedTranscoder, SharedTranscoderConfig
 from mxd.layers.skip_transcoder import SkipTranscoder, SkipTranscoderConfig
-from mxd.layers.sparse_layer import LinearMap, SparseLayer, SparseLayerConfig, SparseLayerOutput
+from mxd.layers.sparse_layer import Init, LinearMap, SparseLayer, SparseLayerConfig, SparseLayerOutput
 from mxd.layers.topk_autoencoder import TopKAutoencoder, TopKAutoencoderConfig
 from mxd.layers.transcoder import Transcoder, TranscoderConfig
 
@@ -36,6 +38,7 @@ LAYERS: dict[str, LayerKind] = {
     "mxd": LayerKind(MixtureOfDecodersConfig, MixtureOfDecoders),
     "transcoder": LayerKind(TranscoderConfig, Transcoder),
     "skip-transcoder": LayerKind(SkipTranscoderConfig, SkipTranscoder),
+    "shared-transcoder": LayerKind(SharedTranscoderConfig, SharedTranscoder),
     "topk-sae": LayerKind(TopKAutoencoderConfig, TopKAutoencoder),
     "low-rank": LayerKind(LowRankMixtureConfig, LowRankMixture),
     "molt": LayerKind(LinearTransformMixtureConfig, LinearTransformMixture),
@@ -61,6 +64,7 @@ __all__ = [
     "BatchTopK",
     "Encoder",
     "GluEncoder",
+    "Init",
     "LayerKind",
     "LayerRequest",
     "LinearMap",
@@ -71,9 +75,12 @@ __all__ = [
     "MixtureOfDecoders",
     "MixtureOfDecodersConfig",
     "MlpEncoder",
+    "MlpWeights",
     "RequestedConfig",
     "Selection",
     "SelectionName",
+    "SharedTranscoder",
+    "SharedTranscoderConfig",
     "SkipTranscoder",
     "SkipTranscoderConfig",
     "SparseCode",

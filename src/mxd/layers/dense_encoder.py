@@ -1,13 +1,16 @@
 """The dense hidden units of a mixture of decoders: what the original MLP has, and stays dense here."""
 
+from collections.abc import Sequence
 from typing import Literal, get_args
 
+import torch
 from jaxtyping import Float
 from torch import Generator, Tensor, nn
 
 from mxd.kernels import linear
 from mxd.layers.activations import Activation, activation_function
 from mxd.layers.initialization import uniform, zeros
+from mxd.layers.mlp_weights import MlpWeights
 from mxd.layers.sparse_layer import LinearMap
 
 Encoder = Literal["mlp", "glu"]
@@ -29,6 +32,14 @@ class MlpEncoder(nn.Module):
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_hidden"]:
         """Return the hidden units."""
         return self.activation(linear(x, self.W_enc, self.b_enc))
+
+    def begin_from(self, mlp: MlpWeights) -> None:
+        """Take an MLP's hidden units.
+
+        Raises:
+            ValueError: If they are gated, or of another width.
+        """
+        _take_over([(self.W_enc, mlp.W_enc), (self.b_enc, mlp.b_enc)], gated=mlp.W_enc_gate is not None, encoder="mlp")
 
     def input_maps(self) -> tuple[LinearMap, ...]:
         """Return the one branch."""
@@ -56,9 +67,33 @@ class GluEncoder(nn.Module):
         gate = self.activation(linear(x, self.W_enc_gate, self.b_enc_gate))
         return gate * linear(x, self.W_enc, self.b_enc)
 
+    def begin_from(self, mlp: MlpWeights) -> None:
+        """Take a gated MLP's hidden units.
+
+        Raises:
+            ValueError: If they are not gated, or of another width.
+        """
+        pairs = [(self.W_enc, mlp.W_enc), (self.b_enc, mlp.b_enc)]
+        if mlp.W_enc_gate is not None and mlp.b_enc_gate is not None:
+            pairs += [(self.W_enc_gate, mlp.W_enc_gate), (self.b_enc_gate, mlp.b_enc_gate)]
+        _take_over(pairs, gated=mlp.W_enc_gate is not None, encoder="glu")
+
     def input_maps(self) -> tuple[LinearMap, ...]:
         """Return both branches."""
         return LinearMap(self.W_enc_gate, self.b_enc_gate), LinearMap(self.W_enc, self.b_enc)
+
+
+def _take_over(pairs: Sequence[tuple[nn.Parameter, Tensor]], *, gated: bool, encoder: Encoder) -> None:
+    found = f"{'glu' if gated else 'mlp'}, {pairs[0][1].shape[1]} wide"
+    wanted = f"{encoder}, {pairs[0][0].shape[1]} wide"
+    if found != wanted:
+        raise ValueError(
+            f"the dense encoder must be as the model's own, {found}, to begin as it; got {wanted}. "
+            "Leave --hidden and --encoder at auto, or begin with --init paper."
+        )
+    with torch.no_grad():
+        for parameter, weight in pairs:
+            parameter.copy_(weight)
 
 
 def num_branches(encoder: Encoder) -> int:

@@ -10,6 +10,7 @@ from mxd.kernels import linear, mix
 from mxd.layers.activations import Activation
 from mxd.layers.dense_encoder import Encoder, dense_encoder, num_branches
 from mxd.layers.initialization import normalize_rows_, uniform, uniform_by_column, zeros
+from mxd.layers.mlp_weights import MlpWeights
 from mxd.layers.request import LayerRequest
 from mxd.layers.selection import SelectionName, SparseCode
 from mxd.layers.sparse_layer import LinearMap, SparseLayer, require_sizes
@@ -95,6 +96,7 @@ class MixtureOfDecoders(SparseLayer):
     """
 
     kind = "mxd"
+    inits = ("paper", "model")
     config: MixtureOfDecodersConfig
     W_gate: Float[nn.Parameter, "d_in num_experts"]
     b_gate: Float[nn.Parameter, " num_experts"]
@@ -137,6 +139,17 @@ class MixtureOfDecoders(SparseLayer):
     def dense_branch(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
         """Return $D^T z$, which all experts share and scale."""
         return linear(self.encoder(x), self.W_dec)
+
+    def begin_from(self, mlp: MlpWeights) -> None:
+        """Take the MLP's hidden units; the decoder still begins at zero.
+
+        With the MLP's decoder too, experts that agree would be exact at once, and training would leave them so
+        (papers.md 1.2).
+
+        Raises:
+            ValueError: If the dense encoder has another shape.
+        """
+        self.encoder.begin_from(mlp)
 
     def expert_weight(self, n: int) -> Float[Tensor, "d_hidden d_out"]:
         r"""Return expert n's own decoder, $W_n = D\,\mathrm{diag}(c_n)$, used as `z @ W_n`.

@@ -7,7 +7,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mxd.kernels import route
+from mxd.layers.mlp_weights import MlpWeights
 from mxd.layers.selection import MOST_LATENTS, SelectionName, SparseCode, TopK, make_selection, scores_at
+
+Init = Literal["paper", "model"]
+"""Where weights begin: drawn as in the released code (papers.md 1.2), or as those of the MLP that is decomposed."""
 
 
 class SparseLayerOutput(NamedTuple):
@@ -82,6 +86,11 @@ class SparseLayer(nn.Module, ABC):
     """Whether x is the MLP's input or its output (then the layer stands behind an MLP that stays)."""
     reference_lr: ClassVar[float] = 4e-3
     """Learning rate for inputs up to 256 wide (docs/training.md has the sweep)."""
+    inits: ClassVar[tuple[Init, ...]] = ("paper",)
+    """Where its weights may begin; the first is meant by `auto`."""
+    shared_penalty: ClassVar[float | None] = None
+    """What training charges for the variance that a shared expert carries, unless told otherwise; None for kinds
+    without one."""
     config: SparseLayerConfig
 
     def __init__(self, *, selection: SelectionName = "topk") -> None:
@@ -136,6 +145,10 @@ class SparseLayer(nn.Module, ABC):
     ) -> Float[Tensor, "*batch k d_out"]:
         """Return what each of these latents adds to the prediction per unit of its value."""
 
+    def carried(self, x: Float[Tensor, "*batch d_in"], code: SparseCode) -> Float[Tensor, "*batch d_out"]:
+        """Return the part of the prediction that this code carries: what is beyond `base`."""
+        return self.decode(x, code) - self.base(x)
+
     def dense_branch(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"] | None:
         """Return the vector of which every atom is an elementwise multiple; None for kinds that have no such vector."""
         return None
@@ -144,6 +157,18 @@ class SparseLayer(nn.Module, ABC):
         """Return the prediction and the code that made it."""
         code = self.encode(x)
         return SparseLayerOutput(self.decode(x, code), code)
+
+    def begin_from(self, mlp: MlpWeights) -> None:
+        """Take over what the layer has in common with the MLP that it decomposes.
+
+        Raises:
+            ValueError: If it has nothing, or its sizes are others.
+        """
+        raise ValueError(f"init must be paper for {self.kind}, which has no weights in common with an MLP; got model.")
+
+    def inherited(self) -> tuple[nn.Parameter, ...]:
+        """Return the weights that begin near their place where they begin as the MLP's, and so learn more slowly."""
+        return ()
 
     def unit_length_tables(self) -> tuple[nn.Parameter, ...]:
         """Return the tables whose rows training keeps at unit length: none for most kinds."""

@@ -3,6 +3,7 @@
 from mxd.models.loading import LanguageModel, digest, fingerprint, load_language_model, load_tokenizer, require_device
 from mxd.models.sites import MLP_SITES, MlpSite, MlpSpec, find_mlp, num_layers
 from mxd.models.surgery import MlpPair, Replacement, ablate_mlp, capture_mlp, mlp_pairs, replace_mlp
+from mxd.models.weights import apply_mlp, mlp_weights
 
 __all__ = [
     "MLP_SITES",
@@ -12,6 +13,7 @@ __all__ = [
     "MlpSpec",
     "Replacement",
     "ablate_mlp",
+    "apply_mlp",
     "capture_mlp",
     "digest",
     "find_mlp",
@@ -19,6 +21,7 @@ __all__ = [
     "load_language_model",
     "load_tokenizer",
     "mlp_pairs",
+    "mlp_weights",
     "num_layers",
     "replace_mlp",
     "require_device",

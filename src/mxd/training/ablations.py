@@ -66,6 +66,19 @@ def molt(base: TrainConfig, d_model: int) -> TrainConfig:
     return replace(base, kind=("mxd", "transcoder", "molt"), k=(8, 16, 32, 64), rank=(d_model // 4, d_model))
 
 
+def shared(base: TrainConfig) -> TrainConfig:
+    """What a shared expert is charged, beside the paper's three kinds: what docs/method.md draws."""
+    return replace(
+        base,
+        kind=("transcoder", "skip-transcoder", "mxd", "shared-transcoder"),
+        k=(16,),
+        init=("auto", "model"),
+        shared_penalty=(0.03, 0.1, 0.3, 1.0),
+        tokens=8_000_000,
+        schedule="linear",
+    )
+
+
 ABLATIONS: Mapping[str, Callable[[TrainConfig, int], TrainConfig]] = {
     "activation": lambda base, _: activation(base),
     "rank": rank,
@@ -75,5 +88,6 @@ ABLATIONS: Mapping[str, Callable[[TrainConfig, int], TrainConfig]] = {
     "normalization": lambda base, _: normalization(base),
     "sae": lambda base, _: sae(base),
     "molt": molt,
+    "shared": lambda base, _: shared(base),
 }
 """Every ablation by its name: a function of a configuration and of its model's width."""

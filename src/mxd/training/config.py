@@ -10,6 +10,8 @@ from mxd.layers.sizing import EXPANSION
 
 Value = TypeVar("Value")
 EncoderChoice = Literal["auto", "mlp", "glu"]
+InitChoice = Literal["auto", "paper", "model"]
+PenaltyChoice = float | Literal["auto"]
 WidthChoice = int | Literal["auto"]
 
 
@@ -25,6 +27,8 @@ class Settings(NamedTuple):
     selection: SelectionName
     l1_coefficient: float | None
     random_k: bool
+    init: InitChoice
+    shared_penalty: PenaltyChoice
 
 
 def values_of(setting: Value | tuple[Value, ...]) -> tuple[Value, ...]:
@@ -48,7 +52,7 @@ class TrainConfig:
     tokens: int
     """Tokens to train on; short text is repeated. Counts take K, M and B, as in 480M."""
     kind: tuple[str, ...] = ("mxd",)
-    """Kinds of layer: mxd, transcoder, skip-transcoder, topk-sae, low-rank, molt."""
+    """Kinds of layer: mxd, transcoder, skip-transcoder, shared-transcoder, topk-sae, low-rank, molt."""
     k: tuple[int, ...] = (32,)
     """Latents active for each token; each kind is trained at each."""
     expansion: int = EXPANSION
@@ -71,8 +75,10 @@ class TrainConfig:
     """Weights of the L1 penalty with which selection l1 is trained."""
     random_k: bool | tuple[bool, ...] = False
     """Whether training draws K anew each step, uniformly from half to one and a half times k (topk only)."""
-    init: Literal["paper"] = "paper"
-    """Initialisation; paper is the released one (papers.md 1.2)."""
+    init: InitChoice | tuple[InitChoice, ...] = "auto"
+    """Where weights begin: paper (as released), model (a dense branch as the MLP's own), or auto, by kind."""
+    shared_penalty: PenaltyChoice | tuple[PenaltyChoice, ...] = "auto"
+    """What a shared-transcoder is charged for the variance that its shared expert carries: docs/method.md."""
     init_from: str | None = None
     """Folder of a run whose students of the same names these begin from."""
     seeds: int = 1
@@ -186,6 +192,11 @@ class TrainConfig:
             raise ValueError(
                 f"micro-batch-tokens must be left out with aux-coefficient; got {self.micro_batch_tokens}. Its "
                 "loss is a ratio of sums over the whole batch: leave out one of them, or lower --batch-tokens."
+            )
+        penalties = [value for value in values_of(self.shared_penalty) if not isinstance(value, str)]
+        if not all(math.isfinite(value) and value >= 0 for value in penalties):
+            raise ValueError(
+                f"shared-penalty must be finite numbers of at least 0; got {' '.join(map(str, penalties))}."
             )
         if self.clip is not None and not 0 < self.clip < math.inf:
             raise ValueError(f"clip must be a finite positive number; got {self.clip}.")

@@ -17,7 +17,7 @@ from mxd.data.text import open_text
 from mxd.data.tokens import open_tokens
 from mxd.kernels.backends import VARIABLE, chosen_backend, using_backend
 from mxd.layers import SparseLayer
-from mxd.models import find_mlp, load_language_model
+from mxd.models import MlpSite, find_mlp, load_language_model, mlp_weights
 from mxd.runs.run import create_run, is_finished, is_run, locked, mark_finished, reopen_run
 from mxd.runs.snapshots import SnapshotError
 from mxd.training.config import TrainConfig
@@ -54,7 +54,7 @@ def make_plan(config: TrainConfig, stored: Mapping[str, JSON] | None = None) -> 
     model = language_model.model
     sites = {layer: find_mlp(cast(torch.nn.Module, model), layer, config.module) for layer in config.layer}
     students = plan_students(config, sites)
-    _check_beginnings(config, students)
+    _check_beginnings(config, students, sites)
     require_context(model, config.context)
     text = open_text(
         config.text,
@@ -191,11 +191,13 @@ def _stored_resources(resources: Resources, stored: Mapping[str, JSON]) -> Resou
     return replace(resources, **{name: known[name] for name in KEPT_ON_RESUME if name in known})
 
 
-def _check_beginnings(config: TrainConfig, students: Sequence[StudentPlan]) -> None:
+def _check_beginnings(config: TrainConfig, students: Sequence[StudentPlan], sites: Mapping[int, MlpSite]) -> None:
     """Check, before anything is written, that every student can begin as the configuration says."""
     for student in students:
         if config.normalize_input:
             require_foldable([student.skeleton()])
+        if student.init == "model" and config.init_from is None:
+            student.skeleton().begin_from(mlp_weights(sites[student.layer]))
         if config.init_from is not None:
             _initial_layer(Path(config.init_from), student)
 
@@ -203,6 +205,8 @@ def _check_beginnings(config: TrainConfig, students: Sequence[StudentPlan]) -> N
 def _student(plan: Plan, student: StudentPlan) -> Student:
     config = plan.config
     network = student.build()
+    if student.init == "model" and config.init_from is None:
+        network.begin_from(mlp_weights(plan.sites[student.layer]))
     if config.init_from is not None:
         network = _initial_layer(Path(config.init_from), student)
     return Student(
@@ -217,6 +221,8 @@ def _student(plan: Plan, student: StudentPlan) -> Student:
             aux_k=config.aux_k,
             dead_tokens=config.dead_tokens,
             l1_coefficient=student.l1_coefficient or 0.0,
+            inherits=student.init == "model",
+            shared_penalty=student.shared_penalty or 0.0,
             random_k_seed=student.seed if student.random_k else None,
             micro_batch_tokens=config.micro_batch_tokens,
         ),
@@ -248,7 +254,7 @@ def _provenance(plan: Plan, student: StudentPlan) -> Provenance:
         text=plan.text.name,
         tokens_trained=plan.steps * plan.config.batch_tokens,
         seed=student.seed,
-        init=plan.config.init,
+        init=student.init,
         special_positions=plan.config.special_positions,
         mxd_version=importlib.metadata.version("mxd"),
     )

@@ -7,12 +7,12 @@ from typing import cast
 
 import torch
 
-from mxd.layers import L1, LayerRequest, SparseLayer, SparseLayerConfig, TopK, require_kind
+from mxd.layers import L1, Init, LayerRequest, SparseLayer, SparseLayerConfig, TopK, require_kind
 from mxd.layers.activations import Activation, activation_function
 from mxd.layers.sizing import match_budget, transcoder_budget
 from mxd.models import MlpSite
 from mxd.settings import StudentSettings, settings_of
-from mxd.training.config import Settings, TrainConfig, values_of
+from mxd.training.config import InitChoice, PenaltyChoice, Settings, TrainConfig, values_of
 from mxd.training.student import random_ks
 
 REFERENCE_WIDTH = 256
@@ -40,11 +40,21 @@ class StudentPlan:
     """Weight of the L1 penalty; None where the selection is not l1."""
     random_k: bool = False
     """Whether training draws the number of active latents anew each step."""
+    init: Init = "paper"
+    """Where its weights begin."""
+    shared_penalty: float | None = None
+    """What it is charged for the variance that its shared expert carries; None where there is none."""
 
     @property
     def settings(self) -> StudentSettings:
         """What may set it apart from its siblings."""
-        return settings_of(self.network, l1_coefficient=self.l1_coefficient, random_k=self.random_k)
+        return settings_of(
+            self.network,
+            l1_coefficient=self.l1_coefficient,
+            random_k=self.random_k,
+            init=self.init,
+            shared_penalty=self.shared_penalty,
+        )
 
     @property
     def parameters(self) -> int:
@@ -112,7 +122,19 @@ def _student(config: TrainConfig, site: MlpSite, kind: str, k: int, settings: Se
         lr=learning_rate(config, kind, network.d_in),
         l1_coefficient=settings.l1_coefficient if settings.selection == L1.name else None,
         random_k=random_k,
+        init=_init(kind, settings.init),
+        shared_penalty=_shared_penalty(kind, settings.shared_penalty),
     )
+
+
+def _init(kind: str, asked: InitChoice) -> Init:
+    inits = require_kind(kind).layer.inits
+    return asked if asked != "auto" and asked in inits else inits[0] if asked == "auto" else "paper"
+
+
+def _shared_penalty(kind: str, asked: PenaltyChoice) -> float | None:
+    own = require_kind(kind).layer.shared_penalty
+    return own if own is None or isinstance(asked, str) else asked
 
 
 def _network(config: TrainConfig, site: MlpSite, kind: str, k: int, settings: Settings) -> SparseLayerConfig:

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mxd.layers import SparseCode, SparseLayer, SparseLayerOutput
-from mxd.losses import dead_latent_loss, distillation_loss, l1_penalty
+from mxd.losses import dead_latent_loss, distillation_loss, l1_penalty, shared_energy
 from mxd.training.normalization import InputNormalization
 from mxd.training.optimizer import (
     adamw,
@@ -61,6 +61,11 @@ class StudentConfig:
     """Tokens without firing after which a latent counts as dead."""
     l1_coefficient: float = 0.0
     """Weight of the L1 penalty on the code; 0 leaves it out."""
+    inherits: bool = False
+    """Whether the layer begins with weights of the model's MLP, which then learn more slowly."""
+    shared_penalty: float = 0.0
+    """What is charged for the variance that no latent carries, about the mean of the pass's tokens; 0 charges
+    nothing."""
     random_k_seed: int | None = None
     """Seed of the number of active latents that is drawn each step; None keeps the layer's own."""
     micro_batch_tokens: int | None = None
@@ -99,7 +104,8 @@ class Student:
         self.config = config
         self.normalization = normalization
         self.loss = loss
-        self.optimizer = adamw(network.parameters(), config.lr, config.weight_decay)
+        inherited = network.inherited() if config.inherits else ()
+        self.optimizer = adamw(network.parameters(), config.lr, config.weight_decay, inherited=inherited)
         device = next(network.parameters()).device
         self._last_fired: Int[Tensor, " num_latents"]
         self._last_fired = torch.zeros(network.config.num_latents, dtype=torch.long, device=device)
@@ -144,7 +150,7 @@ class Student:
         if self.config.clip is not None:
             torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.config.clip)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.config.lr * lr_factor
+            group["lr"] = self.config.lr * lr_factor * group["share"]
         self.optimizer.step()
         self.network.zero_grad(set_to_none=True)
         renormalize_(self.network.unit_length_tables())
@@ -162,6 +168,9 @@ class Student:
             if self.config.l1_coefficient:
                 lengths = self.network.latent_lengths()[output.code.indices]
                 loss = loss + self.config.l1_coefficient * l1_penalty(output.code.values, lengths)
+            if self.config.shared_penalty:
+                shared = output.prediction.float() - self.network.carried(x, output.code).float()
+                loss = loss + self.config.shared_penalty * shared_energy(shared, target.float())
             if dead is not None and len(dead) > 0:
                 loss = loss + self.config.aux_coefficient * self._dead_latent_loss(dead, x, target, output)
         loss = loss * (len(x) / batch_tokens)

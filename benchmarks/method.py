@@ -1,0 +1,88 @@
+"""Tabulate a finished, evaluated run for docs/method.md: every student against the transcoder and the skip transcoder.
+
+    mxd train --recipe ablation-shared-stories --model DIR --text FILE --out RUN && mxd evaluate RUN
+    python benchmarks/method.py RUN --name method_stories260K
+
+Means are over seeds. `of transcoder` and `of skip` are the cross-entropy increase in shares of those two kinds'.
+"""
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from harness import machine, print_table, write_report
+from mxd.evaluation.drawing import split_student
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--name", required=True, help="name of the files in benchmarks/results")
+    parser.add_argument("--hardware", default="", help="what the run was trained on, where it is not this machine")
+    args = parser.parse_args()
+    evaluation = json.loads((args.run / "evaluation.json").read_text())
+    config = json.loads((args.run / "run.json").read_text())["config"]
+    groups: dict[tuple[int, str], list[Mapping[str, Any]]] = {}
+    for row in evaluation["rows"]:
+        if row["layer"] is not None:
+            name, k = split_student(row["id"])
+            groups.setdefault((row["layer"], f"{name}, K {k}"), []).append(row)
+    table = [_line(groups, layer, name, members) for (layer, name), members in groups.items()]
+    print_table(table, args.name)
+    kept = ("layer", "k", "tokens", "batch_tokens", "lr", "schedule", "seeds", "eval_tokens", "expansion")
+    details = {"config": {name: config[name] for name in kept}, "students": _compact(evaluation["rows"])}
+    described = machine() | ({"trained on": args.hardware} if args.hardware else {})
+    title = f"Faithful and specialised: {Path(config['model']).name}, {config['tokens']:,} tokens"
+    write_report(args.name, title, table, described, details)
+
+
+def _line(groups: Mapping[tuple[int, str], Rows], layer: int, name: str, members: Rows) -> dict[str, object]:
+    def mean(key: str, rows: Rows = members) -> float:
+        return fmean(row[key] for row in rows)
+
+    increases = [row["ce_increase"] for row in members]
+    specialisations = [row["specialisation"] for row in members if row["specialisation"] is not None]
+    line: dict[str, object] = {
+        "layer": layer,
+        "student": name,
+        "seeds": len(members),
+        "parameters": members[0]["parameters"],
+        "fvu": mean("fvu"),
+        "ce_increase": mean("ce_increase"),
+        "± over seeds": stdev(increases) if len(members) > 1 else "",
+        "specialisation": fmean(specialisations) if specialisations else "",
+    }
+    for kind, column in (("transcoder", "of transcoder"), ("skip-transcoder", "of skip")):
+        others = groups.get((layer, f"{kind}, K {members[0]['k']}"))
+        line[column] = mean("ce_increase") / mean("ce_increase", others) if others else ""
+    return line | {
+        "loss recovered": mean("loss_recovered"),
+        "always on": mean("always_on"),
+        "dead": mean("dead_fraction"),
+    }
+
+
+def _compact(rows: Rows) -> list[dict[str, Any]]:
+    kept = (
+        "id",
+        "layer",
+        "kind",
+        "k",
+        "seed",
+        "num_latents",
+        "parameters",
+        "fvu",
+        "ce_increase",
+        "kl",
+        "specialisation",
+    )
+    return [{name: row[name] for name in kept} for row in rows]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+import dataclasses
+from pathlib import Path
+
+from mxd.evaluation.rows import EvaluationRow
+from mxd.evaluation.trade import draw_trade, mean_points
+from tests.test_report import row
+
+
+def student(
+    id: str, kind: str, ce_increase: float, specialisation: float | None, charge: float | None = None
+) -> EvaluationRow:
+    facts = {"id": id, "kind": kind, "layer": 2, "k": 16, "ce_increase": ce_increase}
+    return dataclasses.replace(row(), **facts, specialisation=specialisation, shared_penalty=charge)
+
+
+ROWS = [
+    student("transcoder-k16-seed0", "transcoder", 0.03, None),
+    student("transcoder-k16-seed1", "transcoder", 0.05, None),
+    student("shared-transcoder-k16-p1-seed0", "shared-transcoder", 0.02, 0.8, 1.0),
+    student("shared-transcoder-k16-p1-seed1", "shared-transcoder", 0.03, 0.9, 1.0),
+    student("shared-transcoder-k16-p0.1-seed0", "shared-transcoder", 0.004, 0.5, 0.1),
+    student("mxd-k16-model-seed0", "mxd", 0.006, 0.2),
+    student("mxd-k16-paper-seed0", "mxd", -0.001, 0.8),
+]
+
+
+def test_a_point_is_the_mean_over_seeds_and_a_kind_is_in_the_order_of_specialisation() -> None:
+    found = mean_points(ROWS)
+    assert {kind: [point.label for point in points] for kind, points in found.items()} == {
+        "transcoder": [""],
+        "shared-transcoder": ["0.1", "1"],
+        "mxd": ["model"],  # the other is not worse than the original model: no place on a logarithm
+    }
+    assert found["transcoder"][0].specialisation is None
+    assert abs(found["transcoder"][0].ce_increase - 0.04) < 1e-12
+    assert abs((found["shared-transcoder"][1].specialisation or 0) - 0.85) < 1e-12
+
+
+def test_it_is_drawn_where_there_is_something_to_compare(tmp_path: Path) -> None:
+    path = tmp_path / "trade.png"
+    assert not draw_trade(ROWS[:4], path)
+    assert not draw_trade([], path)
+    assert not path.exists()
+    assert draw_trade(ROWS, path)
+    assert path.read_bytes().startswith(b"\x89PNG")
