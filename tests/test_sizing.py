@@ -74,6 +74,7 @@ def affine_count(kind: str, d_in: int, d_out: int, d_hidden: int, encoder: Encod
         "mxd": (d_in + 1 + d_out, branches + d_hidden * d_out + d_out),
         "transcoder": (d_in + 1 + d_out, d_out),
         "skip-transcoder": (d_in + 1 + d_out, d_in * d_out + d_out),
+        "shared-transcoder": (d_in + 1 + d_out, branches + d_hidden * d_out + d_out),
         "topk-sae": (d_out + 1 + d_out, d_out),
         "low-rank": (d_in + 1 + rank, branches + rank * (d_hidden + d_out) + d_out),
     }[kind]
