@@ -1,9 +1,10 @@
-"""Tabulate a finished, evaluated run for docs/method.md: every student against the transcoder and the skip transcoder.
+"""Tabulate finished, evaluated runs for docs/method.md: every student against transcoder and skip transcoder.
 
     mxd train --recipe ablation-shared-stories --model DIR --text FILE --out RUN && mxd evaluate RUN
     python benchmarks/method.py RUN --name method_stories260K
 
-Means are over seeds. `of transcoder` and `of skip` are the cross-entropy increase in shares of those two kinds'.
+Several runs must differ in their students only. Means are over seeds. `of transcoder` and `of skip` are the
+cross-entropy increase in shares of the best transcoder's and the best skip transcoder's.
 """
 
 import argparse
@@ -21,23 +22,40 @@ Rows = Sequence[Mapping[str, Any]]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path)
+    parser.add_argument("run", type=Path, nargs="+")
     parser.add_argument("--name", required=True, help="name of the files in benchmarks/results")
     parser.add_argument("--hardware", default="", help="what the run was trained on, where it is not this machine")
     args = parser.parse_args()
-    evaluation = json.loads((args.run / "evaluation.json").read_text())
-    config = json.loads((args.run / "run.json").read_text())["config"]
+    configs = [json.loads((run / "run.json").read_text())["config"] for run in args.run]
+    rows = [row for run in args.run for row in json.loads((run / "evaluation.json").read_text())["rows"]]
+    kept = (
+        "model",
+        "text",
+        "layer",
+        "k",
+        "tokens",
+        "batch_tokens",
+        "lr",
+        "schedule",
+        "seeds",
+        "eval_tokens",
+        "expansion",
+    )
+    config, *others = [{name: config[name] for name in kept} for config in configs]
+    if any(other != config for other in others):
+        parser.error("the runs must be of one model, text, length, schedule and number of seeds")
     groups: dict[tuple[int, str], list[Mapping[str, Any]]] = {}
-    for row in evaluation["rows"]:
+    for row in rows:
         if row["layer"] is not None:
             name, k = split_student(row["id"])
-            groups.setdefault((row["layer"], f"{name}, K {k}"), []).append(row)
+            free = "-free" if row["normalize_experts"] is False and not name.endswith("-free") else ""
+            groups.setdefault((row["layer"], f"{name}{free}, K {k}"), []).append(row)
     table = [_line(groups, layer, name, members) for (layer, name), members in groups.items()]
     print_table(table, args.name)
-    kept = ("layer", "k", "tokens", "batch_tokens", "lr", "schedule", "seeds", "eval_tokens", "expansion")
-    details = {"config": {name: config[name] for name in kept}, "students": _compact(evaluation["rows"])}
+    config |= {"model": Path(config["model"]).name, "text": [Path(text).name for text in config["text"]]}
+    details = {"config": config, "students": _compact(rows)}
     described = machine() | ({"trained on": args.hardware} if args.hardware else {})
-    title = f"Faithful and specialised: {Path(config['model']).name}, {config['tokens']:,} tokens"
+    title = f"Faithful and specialised: {config['model']}, {config['tokens']:,} tokens"
     write_report(args.name, title, table, described, details)
 
 
@@ -58,8 +76,9 @@ def _line(groups: Mapping[tuple[int, str], Rows], layer: int, name: str, members
         "specialisation": fmean(specialisations) if specialisations else "",
     }
     for kind, column in (("transcoder", "of transcoder"), ("skip-transcoder", "of skip")):
-        others = groups.get((layer, f"{kind}, K {members[0]['k']}"))
-        line[column] = mean("ce_increase") / mean("ce_increase", others) if others else ""
+        rivals = [rows for (place, _), rows in groups.items() if place == layer and rows[0]["kind"] == kind]
+        best = min((mean("ce_increase", rows) for rows in rivals), default=None)
+        line[column] = "" if best is None else mean("ce_increase") / best
     return line | {
         "loss recovered": mean("loss_recovered"),
         "always on": mean("always_on"),

@@ -49,6 +49,7 @@ GRIDS: dict[str, dict[str, object]] = {
         "k": (16,),
         "init": ("auto", "model"),
         "shared_penalty": (0.03, 0.1, 0.3, 1.0),
+        "normalize_experts": (True, False),
         "tokens": 8_000_000,
         "schedule": "linear",
     },
@@ -59,7 +60,7 @@ RANKS: dict[str, dict[str, tuple[int, ...]]] = {
     "rank": {"bundled": (16, 32, 64, 128, 256), "stories": (4, 8, 16, 32, 64)},
     "molt": {"bundled": (64, 256), "stories": (16, 64)},
 }
-STUDENTS = dict(zip(GRIDS, (6, 6, 7, 12, 24, 6, 12, 16, 8), strict=True))
+STUDENTS = dict(zip(GRIDS, (6, 6, 7, 12, 24, 6, 12, 16, 11), strict=True))
 
 
 @pytest.mark.parametrize("name", GRIDS)

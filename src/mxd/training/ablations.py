@@ -67,13 +67,14 @@ def molt(base: TrainConfig, d_model: int) -> TrainConfig:
 
 
 def shared(base: TrainConfig) -> TrainConfig:
-    """What a shared expert is charged, beside the paper's three kinds: what docs/method.md draws."""
+    """What a shared expert is charged, beside the paper's three kinds at their best: what docs/method.md draws."""
     return replace(
         base,
         kind=("transcoder", "skip-transcoder", "mxd", "shared-transcoder"),
         k=(16,),
         init=("auto", "model"),
         shared_penalty=(0.03, 0.1, 0.3, 1.0),
+        normalize_experts=(True, False),
         tokens=8_000_000,
         schedule="linear",
     )
