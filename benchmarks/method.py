@@ -14,8 +14,10 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from harness import machine, print_table, write_report
+from harness import RESULTS, machine, print_table, write_report
 from mxd.evaluation.drawing import split_student
+from mxd.evaluation.rows import EvaluationRow
+from mxd.evaluation.trade import draw_trade
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -44,12 +46,16 @@ def main() -> None:
     config, *others = [{name: config[name] for name in kept} for config in configs]
     if any(other != config for other in others):
         parser.error("the runs must be of one model, text, length, schedule and number of seeds")
+    for row in rows:
+        if row["normalize_experts"] is False and "free" not in row["id"].split("-"):
+            row["id"] = row["id"].replace(row["kind"], f"{row['kind']}-free", 1)
+    rows = [row for row in rows if row["layer"] is not None and row["k"] == row["k_trained"]]
     groups: dict[tuple[int, str], list[Mapping[str, Any]]] = {}
     for row in rows:
-        if row["layer"] is not None:
-            name, k = split_student(row["id"])
-            free = "-free" if row["normalize_experts"] is False and not name.endswith("-free") else ""
-            groups.setdefault((row["layer"], f"{name}{free}, K {k}"), []).append(row)
+        name, k = split_student(row["id"])
+        groups.setdefault((row["layer"], f"{name}, K {k}"), []).append(row)
+    if any(len({row["seed"] for row in members}) < len(members) for members in groups.values()):
+        parser.error("a student must be in one of the runs only")
     table = [_line(groups, layer, name, members) for (layer, name), members in groups.items()]
     print_table(table, args.name)
     config |= {"model": Path(config["model"]).name, "text": [Path(text).name for text in config["text"]]}
@@ -57,6 +63,7 @@ def main() -> None:
     described = machine() | ({"trained on": args.hardware} if args.hardware else {})
     title = f"Faithful and specialised: {config['model']}, {config['tokens']:,} tokens"
     write_report(args.name, title, table, described, details)
+    draw_trade([EvaluationRow.from_json(row) for row in rows], RESULTS / f"{args.name}.png")
 
 
 def _line(groups: Mapping[tuple[int, str], Rows], layer: int, name: str, members: Rows) -> dict[str, object]:
@@ -72,11 +79,15 @@ def _line(groups: Mapping[tuple[int, str], Rows], layer: int, name: str, members
         "parameters": members[0]["parameters"],
         "fvu": mean("fvu"),
         "ce_increase": mean("ce_increase"),
+        "KL": mean("kl"),
         "± over seeds": stdev(increases) if len(members) > 1 else "",
         "specialisation": fmean(specialisations) if specialisations else "",
     }
+    k = members[0]["k"]
     for kind, column in (("transcoder", "of transcoder"), ("skip-transcoder", "of skip")):
-        rivals = [rows for (place, _), rows in groups.items() if place == layer and rows[0]["kind"] == kind]
+        rivals = [
+            rows for (place, _), rows in groups.items() if (place, rows[0]["kind"], rows[0]["k"]) == (layer, kind, k)
+        ]
         best = min((mean("ce_increase", rows) for rows in rivals), default=None)
         line[column] = "" if best is None else mean("ce_increase") / best
     return line | {

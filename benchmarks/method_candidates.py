@@ -179,8 +179,8 @@ class Task:
         self.x, self.target = self._activations(self.contexts)
         tokenizer, sizes = self.plan.language_model.tokenizer, {"vocab_size": vocabulary(self.model)}
         sizes |= {"context": config.context, "num_tokens": HELD_OUT_TOKENS}
-        held_out = held_out_contexts(self.plan.text, tokenizer, **sizes).contexts
-        self.text = EvaluationText(contexts=held_out, special_ids=special_tokens(tokenizer))
+        held_out, documents = held_out_contexts(self.plan.text, tokenizer, **sizes)[:2]
+        self.text = EvaluationText(contexts=held_out, documents=documents, special_ids=special_tokens(tokenizer))
         content = content_positions(held_out, self.text.special_ids).flatten()
         self.held_out = [rows[content] for rows in self._activations(held_out)]
 

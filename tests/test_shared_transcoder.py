@@ -196,7 +196,7 @@ def test_interrupted_and_resumed_it_ends_bit_for_bit_the_same(mxd: Mxd, tmp_path
 
     def interrupt(step: int, batch: ActivationBatch) -> None:
         if step == STEPS // 2:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGTERM)
 
     mxd.before_batch = interrupt
     assert mxd(parts, *only).status == 130
@@ -212,6 +212,11 @@ def test_interrupted_and_resumed_it_ends_bit_for_bit_the_same(mxd: Mxd, tmp_path
     ("arguments", "sentence"),
     [
         (["--hidden", "12"], "must be as the model's own, glu, 40 wide, to begin as it; got glu, 12 wide"),
+        (
+            ["--activation", "relu"],
+            "activation must be the model's own, silu, for shared-transcoder to begin as its MLP",
+        ),
+        (["--output-bias", "mean"], "output-bias must be zeros where shared-transcoder begins with init model"),
         (["--shared-penalty", "-1"], "shared-penalty must be finite numbers of at least 0; got -1.0"),
     ],
 )

@@ -24,21 +24,23 @@ ROWS = [
 ]
 
 
-def test_a_point_is_the_mean_over_seeds_and_a_kind_is_in_the_order_of_specialisation() -> None:
-    found = mean_points(ROWS)
-    assert {kind: [point.label for point in points] for kind, points in found.items()} == {
-        "transcoder": [""],
-        "shared-transcoder": ["0.1", "1"],
-        "mxd": ["model"],  # the other is not worse than the original model: no place on a logarithm
+def test_a_point_is_the_mean_over_seeds_and_a_line_is_in_the_order_of_specialisation() -> None:
+    found = mean_points(ROWS, "ce_increase")
+    assert {line: [point.label for point in points] for line, points in found.items()} == {
+        ("transcoder", ""): [""],
+        ("shared-transcoder", ""): ["0.1", "1"],
+        ("mxd", "model"): [""],  # the other is not worse than the original model: no place on a logarithm
     }
-    assert found["transcoder"][0].specialisation is None
-    assert abs(found["transcoder"][0].ce_increase - 0.04) < 1e-12
-    assert abs((found["shared-transcoder"][1].specialisation or 0) - 0.85) < 1e-12
+    (level,), charged = found["transcoder", ""], found["shared-transcoder", ""]
+    assert level.specialisation is None
+    assert abs(level.loss - 0.04) < 1e-12
+    assert abs((charged[1].specialisation or 0) - 0.85) < 1e-12
+    assert ("mxd", "paper") in mean_points(ROWS, "kl")
 
 
 def test_it_is_drawn_where_there_is_something_to_compare(tmp_path: Path) -> None:
     path = tmp_path / "trade.png"
-    assert not draw_trade(ROWS[:4], path)
+    assert not draw_trade(ROWS[:4], path), "one point, whatever its seeds"
     assert not draw_trade([], path)
     assert not path.exists()
     assert draw_trade(ROWS, path)

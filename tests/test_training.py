@@ -257,6 +257,22 @@ def test_output_bias_can_begin_at_the_mean_target_of_the_first_block(
         first_students(replace(config, output_bias=bias), tmp_path / bias, monkeypatch, check)
 
 
+def test_a_shared_expert_begins_as_the_mlp_on_normalised_inputs_too(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(config, kind=("shared-transcoder",), normalize_input=True)
+    sites = make_plan(config).sites
+    x = torch.randn(20, D_MODEL, generator=torch.Generator().manual_seed(0))
+
+    def check(students: Sequence[Student]) -> None:
+        for student in students:
+            assert student.normalization is not None
+            base = student.network.base(student.normalization(x)).detach()
+            torch.testing.assert_close(base, sites[student.layer](x).detach(), rtol=1e-3, atol=1e-3)
+
+    first_students(config, tmp_path / "run", monkeypatch, check)
+
+
 @pytest.mark.parametrize("kind", ["mxd", "transcoder", "skip-transcoder"])
 def test_a_folded_normalization_does_on_plain_inputs_what_was_trained_on_normalised_ones(kind: str) -> None:
     layer, x = layer_of(kind).double(), 3 * torch.randn(50, D, dtype=torch.float64) + 5

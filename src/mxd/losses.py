@@ -16,9 +16,13 @@ def distillation_loss(
     a token counts in proportion to its target's length. A target of zeros has no direction to learn and counts 0,
     instead of outweighing all others.
     """
+    return _mean_square(prediction - target, target)
+
+
+def _mean_square(difference: Float[Tensor, "*batch d_out"], target: Float[Tensor, "*batch d_out"]) -> Float[Tensor, ""]:
     length = torch.linalg.vector_norm(target, dim=-1, keepdim=True)
     weight = torch.where(length > 0, 1 / length, 0)
-    return ((prediction - target).square() * weight).mean()
+    return (difference.square() * weight).mean()
 
 
 def dead_latent_loss(
@@ -54,4 +58,4 @@ def shared_energy(shared: Float[Tensor, "tokens d_out"], target: Float[Tensor, "
 
     The batch's mean is free: what is the same for all tokens is a bias, and explains nothing.
     """
-    return distillation_loss(shared - shared.mean(0) + target, target)
+    return _mean_square(shared - shared.mean(0), target)

@@ -245,7 +245,11 @@ def _draw_line(axes: "matplotlib.axes.Axes", entry: _Series, points: Sequence[_P
 def _set_number_axis(axes: "matplotlib.axes.Axes", values: Sequence[float] | None) -> None:
     from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
 
-    axes.set_xscale("log", base=2)
+    positive = [value for value in values or () if value > 0]
+    if values is not None and len(positive) < len(values):
+        axes.set_xscale("symlog", base=2, linthresh=min(positive, default=1.0))
+    else:
+        axes.set_xscale("log", base=2)
     axes.xaxis.set_major_locator(LogLocator(base=2) if values is None else FixedLocator(sorted(set(values))))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,g}" if value < 1e4 else f"{value / 1024:g}k")

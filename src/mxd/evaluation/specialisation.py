@@ -80,7 +80,7 @@ def specialisation(
         prediction: y, the layer's predictions.
         dense: q, the dense branch that the experts modulate: z(x) D for a mixture of decoders.
         base: What the prediction holds beside them, such as a shared expert's part; it keeps its place, so a layer that
-            leaves most of the variance to it has little to lose.
+            leaves most of the variance to it has little to lose, and one whose two parts cancel may lose more than 1.
         max_tokens: Of more tokens than this, this many are used, evenly spaced from first to last.
         max_iterations: Rounds at most.
         tolerance: Stop when a round lowers the error by less than this share.

@@ -1,18 +1,24 @@
 """The picture of faithfulness against specialisation: what it costs to need one's experts."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from mxd.atomic import write_bytes_atomically
-from mxd.evaluation.drawing import KindStyle, add_legend, describe, figure, kind_style, png, split_student
+from mxd.evaluation.drawing import add_legend, describe, figure, kind_style, png, split_student
 from mxd.evaluation.rows import EvaluationRow
 
 if TYPE_CHECKING:
     import matplotlib.axes
 
-FEWEST_POINTS = 3
+Loss = Literal["ce_increase", "kl"]
+LOSSES: dict[Loss, str] = {
+    "ce_increase": "Cross-entropy increase (nats/token)",
+    "kl": "KL divergence (nats/token)",
+}
+FEWEST_POINTS = 2
 """Students of a layer and K, seeds apart, from which on the picture says anything."""
 
 
@@ -21,90 +27,82 @@ class Point(NamedTuple):
 
     specialisation: float | None
     """Mean over seeds; None for a kind without one."""
-    ce_increase: float
+    loss: float
     """Mean over seeds, in nats a token."""
     label: str
-    """What it was charged, or what else its id names beside its kind."""
-    is_charged: bool
-    """Whether training charged for its shared expert."""
+    """What it was charged for its shared expert; nothing for other kinds."""
 
 
 def draw_trade(rows: Sequence[EvaluationRow], path: Path) -> bool:
-    """Write ce_increase against specialisation, a panel for each layer and K, and return whether there was one to draw.
+    """Write cross-entropy increase and KL against specialisation, and return whether there was anything to draw.
 
-    A student is a point, the mean over its seeds; those of one kind that differ in what they were charged are joined.
-    Kinds without a specialisation are level lines. Students that were not worse than the original model have no place
-    on the logarithmic axis and are left out.
+    There is a row of panels for each layer and K. A student is a point, the mean over its seeds; those that differ in
+    what they were charged alone are joined. Kinds without a specialisation are level lines. What is not above 0 has no
+    place on the logarithmic axis and is left out.
     """
-    panels: dict[tuple[int, int], list[EvaluationRow]] = {}
+    places: dict[tuple[int, int], list[EvaluationRow]] = {}
     for row in rows:
         if row.layer is not None and row.k is not None:
-            panels.setdefault((row.layer, row.k), []).append(row)
-    points = {key: mean_points(members) for key, members in panels.items()}
-    points = {key: found for key, found in points.items() if _count(found) >= FEWEST_POINTS}
-    if not points:
+            places.setdefault((row.layer, row.k), []).append(row)
+    places = {place: members for place, members in places.items() if _num_placed(members) >= FEWEST_POINTS}
+    if not places:
         return False
-    shown = [row for row in rows if (row.layer, row.k) in points]
-    subtitle = describe(shown)
-    with figure(5.2 * len(points), 4.0, title="What specialisation costs", subtitle=subtitle, legend=True) as drawing:
-        axes = drawing.subplots(1, len(points), squeeze=False)[0]
-        for ((layer, k), found), panel in zip(points.items(), axes, strict=True):
-            _draw_panel(panel, found)
-            panel.set_title(f"Layer {layer}, K = {k}")
-        add_legend(drawing, list(axes))
+    subtitle = describe([row for members in places.values() for row in members])
+    with figure(9.6, 3.6 * len(places), title="What specialisation costs", subtitle=subtitle, legend=True) as drawing:
+        grid = drawing.subplots(len(places), len(LOSSES), squeeze=False)
+        for ((layer, k), members), panels in zip(places.items(), grid, strict=True):
+            for (loss, name), axes in zip(LOSSES.items(), panels, strict=True):
+                _draw_panel(axes, mean_points(members, loss))
+                axes.set_title(f"Layer {layer}, K = {k}")
+                axes.set_ylabel(name)
+        add_legend(drawing, list(grid.flat))
         content = png(drawing)
     write_bytes_atomically(path, content)
     return True
 
 
-def mean_points(rows: Sequence[EvaluationRow]) -> dict[str, list[Point]]:
-    """Return the points of students of one layer and K: those of each kind in the order of their specialisation."""
+def mean_points(rows: Sequence[EvaluationRow], loss: Loss) -> dict[tuple[str, str], list[Point]]:
+    """Return the points of students of one layer and K, by kind and settings, in order of specialisation."""
     groups: dict[str, list[EvaluationRow]] = {}
     for row in rows:
         groups.setdefault(split_student(row.id)[0], []).append(row)
-    found: dict[str, list[Point]] = {}
+    found: dict[tuple[str, str], list[Point]] = {}
     for group, members in groups.items():
-        ce_increase = fmean(row.ce_increase for row in members)
-        if ce_increase <= 0:
+        mean, kind, charge = fmean(getattr(row, loss) for row in members), members[0].kind, members[0].shared_penalty
+        if mean <= 0:
             continue
         values = [row.specialisation for row in members if row.specialisation is not None]
-        charge = members[0].shared_penalty
-        label = f"{charge:g}" if charge is not None else group.removeprefix(members[0].kind).strip("-")
-        found.setdefault(members[0].kind, []).append(
-            Point(fmean(values) if values else None, ce_increase, label, charge is not None)
-        )
-    return {kind: sorted(points, key=lambda point: point.specialisation or 0.0) for kind, points in found.items()}
+        label = "" if charge is None else f"{charge:g}"
+        setting = re.sub(r"-p[\d.]+(?=-|$)", "", group.removeprefix(kind)).strip("-").replace("-", " ")
+        found.setdefault((kind, setting), []).append(Point(fmean(values) if values else None, mean, label))
+    return {line: sorted(points, key=lambda point: point.specialisation or 0.0) for line, points in found.items()}
 
 
-def _count(found: dict[str, list[Point]]) -> int:
-    return sum(point.specialisation is not None for points in found.values() for point in points)
+def _num_placed(rows: Sequence[EvaluationRow]) -> int:
+    return len({split_student(row.id)[0] for row in rows if row.specialisation is not None})
 
 
-def _draw_panel(axes: "matplotlib.axes.Axes", found: dict[str, list[Point]]) -> None:
-    axes.set(yscale="log", xlabel="Specialisation", ylabel="Cross-entropy increase (nats/token)", xlim=(0, 1))
+def _draw_panel(axes: "matplotlib.axes.Axes", found: Mapping[tuple[str, str], Sequence[Point]]) -> None:
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    axes.set(yscale="log", xlabel="Specialisation")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.grid(axis="y")
-    for kind, points in found.items():
+    kinds = [kind for kind, _ in found]
+    for number, ((kind, setting), points) in enumerate(found.items()):
         style = kind_style(kind)
-        placed = [point for point in points if point.specialisation is not None]
-        for point in points:
-            if point.specialisation is None:
-                axes.axhline(point.ce_increase, color=style.colour, linestyle="--", linewidth=1.2, label=style.name)
-        if placed:
-            _draw_kind(axes, placed, style)
-
-
-def _draw_kind(axes: "matplotlib.axes.Axes", points: Sequence[Point], style: KindStyle) -> None:
-    axes.plot(
-        [point.specialisation or 0.0 for point in points],
-        [point.ce_increase for point in points],
-        # No setting leads from one student to the next where nothing was charged.
-        linestyle="-" if points[0].is_charged else "none",
-        color=style.colour,
-        marker=style.marker,
-        markersize=5.5,
-        linewidth=1.8,
-        label=style.name,
-    )
-    for point in points:
-        place = (point.specialisation or 0.0, point.ce_increase)
-        axes.annotate(point.label, place, xytext=(6, -9), textcoords="offset points", size=8.5)
+        # Lines of one kind share its colour; the further ones are paler.
+        alpha = 1.0 if kind not in kinds[:number] else 0.5
+        look: dict[str, Any] = {"color": style.colour, "label": f"{style.name} {setting}".strip(), "alpha": alpha}
+        level = [point for point in points if point.specialisation is None]
+        for point in level:
+            axes.axhline(point.loss, linestyle="--", linewidth=1.2, **look)
+        if level:
+            continue
+        places = [(point.specialisation or 0.0, point.loss) for point in points]
+        axes.plot(*zip(*places, strict=True), marker=style.marker, markersize=5.5, linewidth=1.8, **look)
+        for point, place in zip(points, places, strict=True):
+            axes.annotate(point.label, place, xytext=(6, -9), textcoords="offset points", size=8.5)
+    axes.set_xlim(0, max(1.0, axes.get_xlim()[1]))

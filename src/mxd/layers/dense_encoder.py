@@ -1,4 +1,4 @@
-"""The dense hidden units of a mixture of decoders: what the original MLP has, and stays dense here."""
+"""The dense hidden units of a mixture or a shared expert: what the original MLP has, and stays dense here."""
 
 from collections.abc import Sequence
 from typing import Literal, get_args

@@ -60,11 +60,11 @@ class TrainConfig:
     num_latents: int | tuple[int, ...] | None = None
     """Number of latents (experts) of every layer, one or several, instead of matched parameters."""
     hidden: WidthChoice | tuple[WidthChoice, ...] = "auto"
-    """Dense hidden units of an MxD, one or several; auto takes the model's own."""
+    """Dense hidden units of an mxd, low-rank or shared-transcoder, one or several; auto takes the model's own."""
     activation: str | tuple[str, ...] = "auto"
-    """Activations of an MxD's dense encoder: relu, gelu, gelu_tanh, silu, sigmoid; auto takes the model's own."""
+    """Activations of a dense encoder: relu, gelu, gelu_tanh, silu, sigmoid; auto takes the model's own."""
     encoder: EncoderChoice | tuple[EncoderChoice, ...] = "auto"
-    """Dense encoders of an MxD; auto takes glu where the model's MLP is gated."""
+    """Dense encoders of an mxd, low-rank or shared-transcoder; auto takes glu where the model's MLP is gated."""
     rank: WidthChoice | tuple[WidthChoice, ...] = "auto"
     """Ranks of low-rank's experts and of molt's widest transforms; auto is a quarter of the output's width."""
     normalize_experts: bool | tuple[bool, ...] = True

@@ -193,19 +193,40 @@ def _stored_resources(resources: Resources, stored: Mapping[str, JSON]) -> Resou
 
 def _check_beginnings(config: TrainConfig, students: Sequence[StudentPlan], sites: Mapping[int, MlpSite]) -> None:
     """Check, before anything is written, that every student can begin as the configuration says."""
+    inheriting = [student for student in students if _takes_over(config, student)]
+    weights = {layer: mlp_weights(sites[layer]) for layer in {student.layer for student in inheriting}}
+    for student in inheriting:
+        _check_taking_over(config, student, sites[student.layer])
+        student.skeleton().begin_from(weights[student.layer])
     for student in students:
         if config.normalize_input:
             require_foldable([student.skeleton()])
-        if student.init == "model" and config.init_from is None:
-            student.skeleton().begin_from(mlp_weights(sites[student.layer]))
         if config.init_from is not None:
             _initial_layer(Path(config.init_from), student)
+
+
+def _takes_over(config: TrainConfig, student: StudentPlan) -> bool:
+    return student.init == "model" and config.init_from is None
+
+
+def _check_taking_over(config: TrainConfig, student: StudentPlan, site: MlpSite) -> None:
+    asked = getattr(student.network, "activation", site.activation)
+    if asked != site.activation:
+        raise ValueError(
+            f"activation must be the model's own, {site.activation}, for {student.kind} to begin as its MLP; "
+            f"got {asked}. Leave --activation at auto, or begin with --init paper."
+        )
+    if config.output_bias == "mean" and student.skeleton().inherited():
+        raise ValueError(
+            f"output-bias must be zeros where {student.kind} begins with init model, which brings the MLP's own; "
+            "got mean. Leave it at zeros, or begin with --init paper."
+        )
 
 
 def _student(plan: Plan, student: StudentPlan) -> Student:
     config = plan.config
     network = student.build()
-    if student.init == "model" and config.init_from is None:
+    if _takes_over(config, student):
         network.begin_from(mlp_weights(plan.sites[student.layer]))
     if config.init_from is not None:
         network = _initial_layer(Path(config.init_from), student)

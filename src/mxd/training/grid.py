@@ -129,7 +129,9 @@ def _student(config: TrainConfig, site: MlpSite, kind: str, k: int, settings: Se
 
 def _init(kind: str, asked: InitChoice) -> Init:
     inits = require_kind(kind).layer.inits
-    return asked if asked != "auto" and asked in inits else inits[0] if asked == "auto" else "paper"
+    if asked == "auto":
+        return inits[0]
+    return asked if asked in inits else "paper"
 
 
 def _shared_penalty(kind: str, asked: PenaltyChoice) -> float | None:

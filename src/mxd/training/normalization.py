@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mxd.layers import SparseLayer
+from mxd.layers import LinearMap, SparseLayer
 from mxd.metrics import ErrorSums
 
 
@@ -51,8 +51,13 @@ def fold_input_normalization_(layer: SparseLayer, normalization: InputNormalizat
     Raises:
         ValueError: If the layer's kind has no maps to fold into.
     """
-    maps = layer.input_maps()
     require_foldable([layer])
+    fold_into_(layer.input_maps(), normalization)
+
+
+@torch.no_grad()
+def fold_into_(maps: Iterable[LinearMap], normalization: InputNormalization) -> None:
+    """Change maps so that they do on plain inputs what they did on normalised ones."""
     for weight, bias in maps:
         weight /= normalization.scale.to(weight.dtype)
         bias -= normalization.mean.to(weight.dtype) @ weight

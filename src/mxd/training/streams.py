@@ -21,7 +21,7 @@ from mxd.data.tokens import TokenStream, special_tokens
 from mxd.metrics import ErrorSums, error_sums
 from mxd.models import LanguageModel, MlpPair, MlpSite, digest, mlp_pairs
 from mxd.training.config import TrainConfig
-from mxd.training.normalization import InputNormalization, fold_input_normalization_, input_normalization
+from mxd.training.normalization import InputNormalization, fold_input_normalization_, fold_into_, input_normalization
 from mxd.training.plan import Plan, parameter_dtype
 from mxd.training.resources import Resources
 from mxd.training.student import Student
@@ -208,6 +208,9 @@ def start_from_activations(plan: Plan, students: Sequence[Student]) -> None:
             student.normalization = InputNormalization(mean.to(bias.device), scale.to(bias.device))
             if plan.config.init_from is not None:
                 fold_input_normalization_(student.network, student.normalization.inverse())
+            elif student.config.inherits:
+                # The scorer, which comes first, is drawn for normalised inputs; the other maps are the MLP's own.
+                fold_into_(student.network.input_maps()[1:], student.normalization.inverse())
         if plan.config.output_bias == "mean":
             with torch.no_grad():
                 bias.copy_(targets.target / targets.tokens)

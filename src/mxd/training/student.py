@@ -193,7 +193,7 @@ class Student:
         scores = self.network.scores_of(x, chosen)
         # Rectified, but with the identity's gradient: relu's would never reach a latent whose scores are all negative.
         code = SparseCode(torch.where(scores > 0, scores, scores - scores.detach()), chosen)
-        prediction = self.network.decode(x, code) - self.network.base(x)
+        prediction = self.network.carried(x, code)
         return dead_latent_loss(target.float() - output.prediction.float(), prediction.float())
 
     @torch.no_grad()
