@@ -235,7 +235,7 @@ def test_every_ablation_is_an_option_with_several_values_of_one_command(
     assert mxd(*training(tiny, run, kind="mxd", **grid)).status == 0
     ended = mxd("evaluate", run, "--tokens", 128)
     drawn = [f"ablation-{option}.png" for option in ("hidden", "selection")]
-    assert f"Wrote {run}/evaluation.json, frontier.png, {', '.join(drawn)} and report.html." in ended.err
+    assert f"Wrote {run}/evaluation.json, frontier.png, {', '.join(drawn)}, trade.png and report.html." in ended.err
     assert sorted(path.name for path in run.glob("ablation-*.png")) == drawn
     rows = {row.id: row for row in read_record(run / "evaluation.json").rows}
     widths = (8, 40)
