@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
@@ -373,6 +373,20 @@ def test_a_process_killed_while_it_writes_leaves_whole_shards_and_the_next_goes_
     assert left not in files_of(tmp_path)
     assert open_cache(tmp_path, no_model, num_contexts=18).coverage().bytes_missing == 0
     open_cache(tmp_path, no_model).read(0, contexts_of_text(18))
+
+
+def test_a_cache_that_another_run_begins_at_the_same_moment_is_no_strangers_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, model = Path.iterdir, Model()
+
+    def meanwhile(folder: Path) -> Iterator[Path]:
+        monkeypatch.setattr(Path, "iterdir", plain)
+        assert_right(open_cache(tmp_path, model), 0, 6)
+        return plain(folder)
+
+    monkeypatch.setattr(Path, "iterdir", meanwhile)
+    open_cache(tmp_path, no_model).read(0, contexts_of_text(6))
 
 
 def test_runs_that_write_at_one_time_take_turns_and_compute_nothing_twice(tmp_path: Path) -> None:

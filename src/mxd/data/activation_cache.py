@@ -372,9 +372,9 @@ def _is_cache(folder: Path, identity: CacheIdentity) -> bool:
     Anything else in its place is refused.
     """
     file = folder / CACHE_FILE
+    # A killed process leaves names with a dot. Listed before the file is looked for, which another run may be writing.
+    taken = folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir())
     if not file.is_file():
-        # Names that begin with a dot are what a process leaves that was killed before it wrote the first file.
-        taken = folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir())
         if taken or not nearest_folder(folder).is_dir():
             raise ValueError(
                 f"{folder} must be a cache, or an empty or a new folder; it is none; give another --cache."
