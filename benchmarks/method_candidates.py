@@ -348,6 +348,7 @@ def draw(rows: list[dict[str, Any]], subtitle: str) -> bytes:
             style = kind_style(METHODS[name].layer.kind)
             axes.plot(*point, linestyle="none", color=style.colour, marker=style.marker, label=style.name)
         axes.set(yscale="log", xlabel="Specialisation", ylabel="Cross-entropy increase (nats/token)")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.grid()
         axes.margins(x=0.12, y=0.06)
         add_legend(drawing, [axes])
