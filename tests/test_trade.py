@@ -1,4 +1,5 @@
 import dataclasses
+import math
 from pathlib import Path
 
 from mxd.evaluation.rows import EvaluationRow
@@ -36,6 +37,21 @@ def test_a_point_is_the_mean_over_seeds_and_a_line_is_in_the_order_of_specialisa
     assert abs(level.loss - 0.04) < 1e-12
     assert abs((charged[1].specialisation or 0) - 0.85) < 1e-12
     assert ("mxd", "paper") in mean_points(ROWS, "kl")
+
+
+def test_what_is_not_finite_is_left_out_and_a_panel_may_be_empty(tmp_path: Path) -> None:
+    bad = [
+        dataclasses.replace(ROWS[5], ce_increase=math.nan, kl=math.inf),
+        dataclasses.replace(ROWS[6], specialisation=math.nan),
+    ]
+    assert mean_points(bad, "ce_increase") == mean_points(bad, "kl") == {}
+    better = [dataclasses.replace(row, ce_increase=-0.001) for row in ROWS]
+    assert draw_trade(better, tmp_path / "trade.png")
+
+
+def test_no_grid_is_too_large_to_draw(tmp_path: Path) -> None:
+    grid = [dataclasses.replace(row, layer=layer) for layer in range(200) for row in ROWS]
+    assert draw_trade(grid, tmp_path / "trade.png")
 
 
 def test_it_is_drawn_where_there_is_something_to_compare(tmp_path: Path) -> None:

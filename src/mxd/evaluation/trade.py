@@ -1,5 +1,6 @@
 """The picture of faithfulness against specialisation: what it costs to need one's experts."""
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,8 @@ LOSSES: dict[Loss, str] = {
 }
 FEWEST_POINTS = 2
 """Students of a layer and K, seeds apart, from which on the picture says anything."""
+MOST_PLACES = 24
+"""Layers and Ks that are drawn: a picture of hundreds would be taller than a PNG may be."""
 
 
 class Point(NamedTuple):
@@ -37,8 +40,8 @@ def draw_trade(rows: Sequence[EvaluationRow], path: Path) -> bool:
     """Write cross-entropy increase and KL against specialisation, and return whether there was anything to draw.
 
     There is a row of panels for each layer and K. A student is a point, the mean over its seeds; those that differ in
-    what they were charged alone are joined. Kinds without a specialisation are level lines. What is not above 0 has no
-    place on the logarithmic axis and is left out.
+    what they were charged alone are joined. Kinds without a specialisation are level lines. What is not finite, or not
+    above 0, has no place on the logarithmic axis and is left out; so are layers and Ks beyond the first `MOST_PLACES`.
     """
     places: dict[tuple[int, int], list[EvaluationRow]] = {}
     for row in rows:
@@ -47,7 +50,10 @@ def draw_trade(rows: Sequence[EvaluationRow], path: Path) -> bool:
     places = {place: members for place, members in places.items() if _num_placed(members) >= FEWEST_POINTS}
     if not places:
         return False
+    hidden = len(places) - MOST_PLACES
+    places = dict(list(places.items())[:MOST_PLACES])
     subtitle = describe([row for members in places.values() for row in members])
+    subtitle += f" · {hidden} further layers and Ks not drawn" if hidden > 0 else ""
     with figure(9.6, 3.6 * len(places), title="What specialisation costs", subtitle=subtitle, legend=True) as drawing:
         grid = drawing.subplots(len(places), len(LOSSES), squeeze=False)
         for ((layer, k), members), panels in zip(places.items(), grid, strict=True):
@@ -69,9 +75,9 @@ def mean_points(rows: Sequence[EvaluationRow], loss: Loss) -> dict[tuple[str, st
     found: dict[tuple[str, str], list[Point]] = {}
     for group, members in groups.items():
         mean, kind, charge = fmean(getattr(row, loss) for row in members), members[0].kind, members[0].shared_penalty
-        if mean <= 0:
-            continue
         values = [row.specialisation for row in members if row.specialisation is not None]
+        if not (0 < mean < math.inf) or not all(map(math.isfinite, values)):
+            continue
         label = "" if charge is None else f"{charge:g}"
         setting = re.sub(r"-p[\d.]+(?=-|$)", "", group.removeprefix(kind)).strip("-").replace("-", " ")
         found.setdefault((kind, setting), []).append(Point(fmean(values) if values else None, mean, label))
