@@ -1,0 +1,1 @@
+"""Test-time privacy: certified uncertainty on protected instances."""

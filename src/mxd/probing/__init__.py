@@ -1,0 +1,1 @@
+"""What latents know: sample-level and token-level probes of sparse codes."""
