@@ -16,14 +16,12 @@ from mxd.data.activations import ActivationBatch, ActivationStream
 from mxd.kernels.backends import backend
 from mxd.layers import MixtureOfDecodersConfig, SparseLayerOutput
 from mxd.layers.sizing import transcoder_budget
-from mxd.metrics import error_sums
 from mxd.models import mlp_pairs
 from mxd.runs.metrics_log import read_metrics
 from mxd.training import decompose as decomposing
 from mxd.training.config import TrainConfig
 from mxd.training.decompose import activation_stream, decompose, make_plan
 from mxd.training.grid import learning_rate
-from mxd.training.normalization import fold_input_normalization_, input_normalization
 from mxd.training.optimizer import Schedule
 from mxd.training.student import Student, StudentConfig
 from mxd.training.train import TrainingFault, train
@@ -271,23 +269,6 @@ def test_a_shared_expert_begins_as_the_mlp_on_normalised_inputs_too(
             torch.testing.assert_close(base, sites[student.layer](x).detach(), rtol=1e-3, atol=1e-3)
 
     first_students(config, tmp_path / "run", monkeypatch, check)
-
-
-@pytest.mark.parametrize("kind", ["mxd", "transcoder", "skip-transcoder"])
-def test_a_folded_normalization_does_on_plain_inputs_what_was_trained_on_normalised_ones(kind: str) -> None:
-    layer, x = layer_of(kind).double(), 3 * torch.randn(50, D, dtype=torch.float64) + 5
-    for parameter in layer.parameters():
-        parameter.data += 0.1 * torch.randn_like(parameter)
-    before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
-    normalization = input_normalization(error_sums(x, x))
-    torch.testing.assert_close(normalization(x).mean(0), torch.zeros(D).double(), atol=1e-5, rtol=0)
-    assert float(normalization(x).square().mean()) == pytest.approx(1, rel=1e-5)
-    expected = layer(normalization(x)).prediction
-    fold_input_normalization_(layer, normalization)
-    torch.testing.assert_close(layer(x).prediction, expected, rtol=1e-5, atol=1e-5)
-    fold_input_normalization_(layer, normalization.inverse())
-    for name, tensor in layer.state_dict().items():
-        torch.testing.assert_close(tensor, before[name], rtol=1e-5, atol=1e-5)
 
 
 def test_a_run_on_normalised_inputs_saves_layers_for_plain_ones(config: TrainConfig, tmp_path: Path) -> None:
