@@ -42,6 +42,7 @@ GRIDS: dict[str, dict[str, object]] = {
         "seeds": 1,
     },
     "normalization": {"kind": ("mxd", "low-rank", "transcoder"), "normalize_experts": (True, False)},
+    "shared-expert": {"kind": ("mxd",), "k": (8, 16, 32, 64), "shared_expert": (False, True)},
     "sae": {"kind": ("mxd", "transcoder", "topk-sae"), "k": (8, 16, 32, 64)},
     "molt": {"kind": ("mxd", "transcoder", "molt"), "k": (8, 16, 32, 64)},
     "shared": {
@@ -60,7 +61,7 @@ RANKS: dict[str, dict[str, tuple[int, ...]]] = {
     "rank": {"bundled": (16, 32, 64, 128, 256), "stories": (4, 8, 16, 32, 64)},
     "molt": {"bundled": (64, 256), "stories": (16, 64)},
 }
-STUDENTS = dict(zip(GRIDS, (6, 6, 7, 12, 24, 6, 12, 16, 11), strict=True))
+STUDENTS = dict(zip(GRIDS, (6, 6, 7, 12, 24, 6, 8, 12, 16, 11), strict=True))
 
 
 @pytest.mark.parametrize("name", GRIDS)

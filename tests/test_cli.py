@@ -38,6 +38,7 @@ KEYS = [
     "encoder",
     "rank",
     "normalize_experts",
+    "shared_expert",
     "selection",
     "shared_penalty",
     "l1_coefficient",

@@ -47,6 +47,7 @@ EXAMPLES = {
     "mxd, all experts active": MixtureOfDecodersConfig(
         d_in=1, d_hidden=1, d_out=1, num_experts=3, k=3, activation="gelu_tanh"
     ),
+    "mxd, a shared expert": replace(MIXTURE, shared_expert=True),
     "transcoder": TRANSCODER,
     "transcoder, one latent active": TranscoderConfig(d_in=3, d_out=8, num_latents=13, k=1, normalize_decoder=False),
     "skip-transcoder": SkipTranscoderConfig(d_in=6, d_out=5, num_latents=20, k=3),

@@ -27,6 +27,7 @@ VALUES: Mapping[str, tuple[object, ...]] = {
     "encoder": ("auto", "mlp", "glu"),
     "rank": ("auto", 4, 16),
     "normalize_experts": (True, False),
+    "shared_expert": (False, True),
     "selection": ("topk", "batch-topk", "l1"),
     "l1_coefficient": (None, 0.1, 0.01),
     "random_k": (False, True),

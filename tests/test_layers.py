@@ -103,6 +103,28 @@ def test_a_fresh_mixture_predicts_its_output_bias_and_moves_only_the_decoder() -
     assert moved == {"W_dec", "b_dec"}
 
 
+def test_a_shared_expert_is_one_more_decoder_that_every_token_gets_and_no_latent() -> None:
+    torch.manual_seed(0)
+    config = replace(MIXTURE, shared_expert=True)
+    layer = MixtureOfDecoders(config).double()
+    assert sum(parameter.numel() for parameter in layer.parameters()) == config.num_parameters
+    assert config.num_parameters == MIXTURE.num_parameters + MIXTURE.d_out
+    assert layer.w_shared is not None
+    torch.testing.assert_close(layer.w_shared.norm(), torch.tensor(1.0).double())
+    with torch.no_grad():
+        for parameter in (layer.W_dec, layer.b_dec, layer.w_shared):
+            parameter.normal_()
+    x = torch.randn(7, 16, dtype=torch.float64)
+    prediction, code = layer(x)
+    z = layer.encoder(x)
+    naive = layer.b_dec + z @ (layer.W_dec * layer.w_shared)
+    for slot in range(config.k):
+        experts = [layer.expert_weight(int(n)) for n in code.indices[:, slot]]
+        naive = naive + torch.stack([v * (row @ W) for v, row, W in zip(code.values[:, slot], z, experts, strict=True)])
+    torch.testing.assert_close(prediction, naive, rtol=1e-12, atol=1e-12)
+    assert "w_shared" not in MixtureOfDecoders(MIXTURE).state_dict()
+
+
 def test_transcoder_begins_with_unit_rows_or_a_linear_map() -> None:
     layer = Transcoder(TRANSCODER)
     assert_uniform(layer.W_enc, 16**-0.5)

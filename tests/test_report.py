@@ -42,6 +42,7 @@ def row(kind: str = "mxd", k: int = 32, layer: int = 8, ce_increase: float = 0.0
         encoder="mlp" if kind == "mxd" else None,
         rank=None,
         normalize_experts=True,
+        shared_expert=False if kind == "mxd" else None,
         selection="topk",
         shared_penalty=None,
         l1_coefficient=None,
@@ -104,7 +105,9 @@ def together() -> EvaluationRow:
     unmeasured |= dict.fromkeys(["specialisation", "specialisation_constant_gain", "ce_mean", "jacobian_cosine"])
     unmeasured |= dict.fromkeys(["stable_rank", "numerical_rank", "gini", "top_share", "always_on", "always_on_share"])
     unmeasured |= dict.fromkeys(["fvu_permuted", "k_trained", "encoder", "rank", "normalize_experts", "selection"])
-    unmeasured |= dict.fromkeys(["l1_coefficient", "random_k", "effective_latents", "top_energy_share"])
+    unmeasured |= dict.fromkeys(
+        ["shared_expert", "l1_coefficient", "random_k", "effective_latents", "top_energy_share"]
+    )
     return dataclasses.replace(row(), id="together", kind="together", **nothing, **unmeasured)
 
 

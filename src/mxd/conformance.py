@@ -196,16 +196,16 @@ def check_expert_tensor(layer: SparseLayer, *, seed: int = 0) -> None:
     output, z = mixture(x), mixture.encoder(x)
     a = _dense(mixture, output.code)
     tensor = torch.stack([mixture.expert_weight(n) for n in range(mixture.config.num_experts)])
-    explicit = mixture.b_dec + sum(a[:, n, None] * (z @ tensor[n]) for n in range(len(tensor)))
+    explicit = mixture.base(x) + sum(a[:, n, None] * (z @ tensor[n]) for n in range(len(tensor)))
     _require_close(output.prediction, explicit, "the prediction must be Σ_n a_n W_nᵀ z + b")
     columns = zip(mixture.W_expert.t(), mixture.W_dec.t(), strict=True)
     khatri_rao = torch.stack([torch.kron(c, d) for c, d in columns], dim=1)
     unfolding = tensor.permute(2, 0, 1).flatten(1)
     _require_close(unfolding, khatri_rao.t(), "the experts' third unfolding must be the Khatri-Rao product (C ⊙ D)ᵀ")
-    folded = torch.stack([khatri_rao.t() @ torch.kron(*row) for row in zip(a, z, strict=True)]) + mixture.b_dec
+    folded = torch.stack([khatri_rao.t() @ torch.kron(*row) for row in zip(a, z, strict=True)]) + mixture.base(x)
     _require_close(output.prediction, folded, "the prediction must be (C ⊙ D)ᵀ (a ⊗ z) + b")
     first_mode = (a @ tensor.flatten(1)).unflatten(1, tensor.shape[1:])
-    modes = torch.linalg.vecdot(z[:, :, None], first_mode, dim=1) + mixture.b_dec
+    modes = torch.linalg.vecdot(z[:, :, None], first_mode, dim=1) + mixture.base(x)
     _require_close(output.prediction, modes, "the prediction must be W ×₁ a ×₂ z + b")
 
 

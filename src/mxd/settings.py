@@ -21,6 +21,8 @@ class StudentSettings(NamedTuple):
     """Largest rank of a latent's map."""
     normalize_experts: bool | None = None
     """Whether rows that belong to latents are kept at unit length."""
+    shared_expert: bool | None = None
+    """Whether one more expert is active on every token."""
     selection: str | None = None
     """How latents are selected."""
     l1_coefficient: float | None = None
@@ -46,6 +48,7 @@ class StudentSettings(NamedTuple):
             "encoder": self.encoder,
             "rank": self.rank and f"r{self.rank}",
             "normalize_experts": {True: "unit", False: "free", None: None}[self.normalize_experts],
+            "shared_expert": {True: "shared", False: "routed", None: None}[self.shared_expert],
             "selection": self.selection,
             "l1_coefficient": None if self.l1_coefficient is None else f"c{_plain(self.l1_coefficient)}",
             "random_k": {True: "random", False: "fixed", None: None}[self.random_k],
@@ -81,6 +84,7 @@ def settings_of(
         encoder=read("encoder"),
         rank=read("rank"),
         normalize_experts=read("normalize_experts", "normalize_decoder"),
+        shared_expert=read("shared_expert"),
         selection=selection,
         l1_coefficient=l1_coefficient,
         random_k=random_k if selection == TopK.name else None,

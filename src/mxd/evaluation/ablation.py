@@ -39,6 +39,7 @@ SETTINGS = (
     Setting("encoder", "encoder", "Dense encoder", "name"),
     Setting("rank", "rank", "Largest rank of a latent's map", "number"),
     Setting("normalize-experts", "normalize_experts", "Rows of latents kept at unit length", "name"),
+    Setting("shared-expert", "shared_expert", "An expert that is always active", "name"),
     Setting("selection", "selection", _L0, "l0", frozenset({"k", "k_trained", "l1_coefficient", "random_k"})),
     Setting("random-k", "random_k", _L0, "l0"),
     Setting("init", "init", "Where weights begin", "name"),
@@ -165,6 +166,8 @@ def _word(setting: Setting, row: EvaluationRow) -> str:
     words: dict[tuple[str, Scalar], str] = {
         ("normalize_experts", True): "unit rows",
         ("normalize_experts", False): "free rows",
+        ("shared_expert", True): "shared expert",
+        ("shared_expert", False): "no shared expert",
         ("random_k", True): "random K",
         ("random_k", False): "fixed K",
     }

@@ -187,6 +187,7 @@ def _row(whole: WholeModel, student: TrainedStudent, quality: Reconstruction, sc
         encoder=settings.encoder,
         rank=settings.rank,
         normalize_experts=settings.normalize_experts,
+        shared_expert=settings.shared_expert,
         selection=settings.selection,
         l1_coefficient=settings.l1_coefficient,
         random_k=settings.random_k,

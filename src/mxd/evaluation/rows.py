@@ -46,6 +46,8 @@ class EvaluationRow:
     """Largest rank of a latent's map; null for kinds that have no such bound."""
     normalize_experts: bool | None
     """Whether rows that belong to latents were kept at unit length; null for kinds that have no choice."""
+    shared_expert: bool | None
+    """Whether one more expert was active on every token; null for kinds that have no choice."""
     selection: str | None
     """How latents are selected: `topk`, `batch-topk` or `l1`."""
     shared_penalty: float | None

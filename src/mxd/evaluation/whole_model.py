@@ -155,6 +155,7 @@ def measure_model(
 
 _COMMON = (
     *("kind", "k", "k_trained", "num_latents", "d_hidden", "activation", "encoder", "rank", "normalize_experts"),
+    "shared_expert",
     *("selection", "l1_coefficient", "random_k", "init", "seed", "tokens_trained"),
 )
 """What a row of several layers says where they agree."""

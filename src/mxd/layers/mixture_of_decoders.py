@@ -36,6 +36,8 @@ class MixtureOfDecodersConfig:
     """Dense encoder: `mlp` has one branch, `glu` two."""
     normalize_experts: bool = True
     """Whether each expert's vector is kept at unit length, which fixes the scale that it shares with `W_dec`."""
+    shared_expert: bool = False
+    """Whether one more expert is active on every token, with value 1; it is no latent."""
     selection: SelectionName = "topk"
     """How active latents are chosen: `topk`, `batch-topk` or `l1`."""
 
@@ -46,9 +48,9 @@ class MixtureOfDecodersConfig:
 
     @property
     def num_parameters(self) -> int:
-        """Gate and expert table; dense encoder and decoder; output bias."""
+        """Gate and expert table; dense encoder and decoder; shared expert, if there is one; output bias."""
         dense = num_branches(self.encoder) * self.d_hidden * (self.d_in + 1) + self.d_hidden * self.d_out
-        return self.num_experts * (self.d_in + 1 + self.d_out) + dense + self.d_out
+        return self.num_experts * (self.d_in + 1 + self.d_out) + dense + self.d_out * (1 + self.shared_expert)
 
     @property
     def flops_per_token(self) -> int:
@@ -75,6 +77,7 @@ class MixtureOfDecodersConfig:
             activation=request.require_activation(),
             encoder=request.encoder,
             normalize_experts=request.normalize,
+            shared_expert=request.shared_expert,
             selection=request.selection,
         )
 
@@ -92,6 +95,9 @@ class MixtureOfDecoders(SparseLayer):
     so no expert is ever materialised. Every $W_n$ has the rank of $D$ whenever $c_n$ has no zero
     entry, which is what a low-rank expert gives up (Oldfield et al., 2025, Lemmas 1 and 2).
 
+    With a shared expert $c_0$ the first factor is $C^\top a + c_0$. It begins as a plain decoder, with all entries
+    $d_\mathrm{out}^{-1/2}$, and its length is free: on every token its value is 1.
+
     At initialisation $D = 0$, so the layer predicts its output bias and the first step moves only $D$ and that bias.
     """
 
@@ -103,6 +109,7 @@ class MixtureOfDecoders(SparseLayer):
     W_expert: Float[nn.Parameter, "num_experts d_out"]
     W_dec: Float[nn.Parameter, "d_hidden d_out"]
     b_dec: Float[nn.Parameter, " d_out"]
+    w_shared: Float[nn.Parameter, " d_out"] | None
 
     def __init__(self, config: MixtureOfDecodersConfig, generator: torch.Generator | None = None):
         super().__init__(selection=config.selection)
@@ -114,6 +121,8 @@ class MixtureOfDecoders(SparseLayer):
         self.W_expert = uniform(config.num_experts, config.d_out, bound=expert_bound, generator=generator)
         self.W_dec = zeros(config.d_hidden, config.d_out)
         self.b_dec = zeros(config.d_out)
+        plain = torch.full((config.d_out,), config.d_out**-0.5)
+        self.register_parameter("w_shared", nn.Parameter(plain) if config.shared_expert else None)
         for table in self.unit_length_tables():
             normalize_rows_(table)
 
@@ -123,12 +132,15 @@ class MixtureOfDecoders(SparseLayer):
         return LinearMap(self.W_gate, self.b_gate)
 
     def decode(self, x: Float[Tensor, "*batch d_in"], code: SparseCode) -> Float[Tensor, "*batch d_out"]:
-        r"""Return $(C^T a) \odot (D^T z) + b$."""
-        return mix(code.values, code.indices, self.W_expert) * self.dense_branch(x) + self.b_dec
+        r"""Return $(C^T a + c_0) \odot (D^T z) + b$, without $c_0$ where there is no shared expert."""
+        scale = mix(code.values, code.indices, self.W_expert)
+        scale = scale if self.w_shared is None else scale + self.w_shared
+        return scale * self.dense_branch(x) + self.b_dec
 
     def base(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
-        """Return the output bias: with no expert active, nothing else is left."""
-        return self.b_dec.expand(*x.shape[:-1], -1)
+        """Return the output bias, and what a shared expert adds: with no expert active, nothing else is left."""
+        bias = self.b_dec.expand(*x.shape[:-1], -1)
+        return bias if self.w_shared is None else self.w_shared * self.dense_branch(x) + bias
 
     def atoms(
         self, x: Float[Tensor, "*batch d_in"], indices: Int[Tensor, "*batch k"]

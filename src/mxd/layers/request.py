@@ -33,6 +33,8 @@ class LayerRequest:
     """How active latents are chosen."""
     normalize: bool = True
     """Whether rows that belong to latents are kept at unit length, by kinds that can."""
+    shared_expert: bool = False
+    """Whether one more expert is active on every token, in kinds that can have one."""
     site: str = "the MLP"
     """How messages name the MLP."""
 

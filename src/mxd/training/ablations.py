@@ -56,6 +56,11 @@ def normalization(base: TrainConfig) -> TrainConfig:
     return replace(base, kind=("mxd", "low-rank", "transcoder"), normalize_experts=(True, False))
 
 
+def shared_expert(base: TrainConfig) -> TrainConfig:
+    """A mixture of decoders with and without an expert that is active on every token, over Ks."""
+    return replace(base, kind=("mxd",), k=(8, 16, 32, 64), shared_expert=(False, True))
+
+
 def sae(base: TrainConfig) -> TrainConfig:
     """A sparse autoencoder of the MLP's output beside two kinds that replace the MLP, over Ks."""
     return replace(base, kind=("mxd", "transcoder", "topk-sae"), k=(8, 16, 32, 64))
@@ -87,6 +92,7 @@ ABLATIONS: Mapping[str, Callable[[TrainConfig, int], TrainConfig]] = {
     "random-k": lambda base, _: random_k(base),
     "selection": lambda base, _: selection(base),
     "normalization": lambda base, _: normalization(base),
+    "shared-expert": lambda base, _: shared_expert(base),
     "sae": lambda base, _: sae(base),
     "molt": molt,
     "shared": lambda base, _: shared(base),

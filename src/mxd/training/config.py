@@ -24,6 +24,7 @@ class Settings(NamedTuple):
     encoder: EncoderChoice
     rank: WidthChoice
     normalize_experts: bool
+    shared_expert: bool
     selection: SelectionName
     l1_coefficient: float | None
     random_k: bool
@@ -69,6 +70,8 @@ class TrainConfig:
     """Ranks of low-rank's experts and of molt's widest transforms; auto is a quarter of the output's width."""
     normalize_experts: bool | tuple[bool, ...] = True
     """Whether rows that belong to latents are kept at unit length; name both to compare."""
+    shared_expert: bool | tuple[bool, ...] = False
+    """Whether an mxd has one more expert, active on every token; name both to compare."""
     selection: SelectionName | tuple[SelectionName, ...] = "topk"
     """How latents are selected: topk, batch-topk (k a token on average) or l1 (all that are positive)."""
     l1_coefficient: float | tuple[float, ...] | None = None

@@ -149,6 +149,7 @@ def _network(config: TrainConfig, site: MlpSite, kind: str, k: int, settings: Se
         rank=settings.rank if isinstance(settings.rank, int) else None,
         selection=settings.selection,
         normalize=settings.normalize_experts,
+        shared_expert=settings.shared_expert,
         site=f"the MLP at {site.path}",
     )
     num_latents = settings.num_latents
