@@ -6,7 +6,10 @@
 A model of one block of GPT-2's width (random weights) on the standard library's text; one run fills the cache, a second
 one reads it. Clocks around the parts of the second run's loop add up: the student's step, filling the shuffle buffer
 (and in it the checksums of shards that this process opens for the first time) and gathering a batch from it. The rest
-is the loop itself. The student's step is timed alone too, on one batch, right after.
+is the loop itself. The student's step is timed alone too, right after, again and again on one batch: on random numbers
+with fresh weights, on the run's last batch with fresh weights, and on that batch with the weights that the run ended
+with. What separates the first from the second is the data, the second from the third what was learnt, and the third
+from the run that its memory is warm.
 """
 
 import functools
@@ -18,6 +21,7 @@ from pathlib import Path
 
 import torch
 import tyro
+from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from harness import machine, print_table, write_report
@@ -51,6 +55,8 @@ class Clock:
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self.last: dict[str, tuple[object, ...]] = {}
+        """Arguments of the last call of each part."""
 
     def wrap(self, owner: type, method: str, name: str) -> None:
         inner: Callable[..., object] = getattr(owner, method)
@@ -59,6 +65,7 @@ class Clock:
         def timed(*args: object, **options: object) -> object:
             started = time.perf_counter()
             result = inner(*args, **options)
+            self.last[name] = args
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
             return result
 
@@ -73,19 +80,34 @@ def save_model(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def step_alone(rounds: int = 15) -> float:
-    """Return the median seconds of a step on one batch that stays where it is."""
+def fresh_student() -> Student:
     network = MixtureOfDecoders(
         MixtureOfDecodersConfig(d_in=WIDTH, d_hidden=4 * WIDTH, d_out=WIDTH, num_experts=21_504, k=32)
     )
-    student = Student("alone", 0, network, StudentConfig(lr=1e-4))
-    x, target = torch.randn(2, 4096, WIDTH)
-    is_content, seconds = torch.ones(4096, dtype=torch.bool), list[float]()
+    return Student("alone", 0, network, StudentConfig(lr=1e-4))
+
+
+def step_alone(student: Student, x: Tensor, target: Tensor, rounds: int = 15) -> float:
+    """Return the median seconds of a step on one batch that stays where it is."""
+    is_content, seconds = torch.ones(len(x), dtype=torch.bool), list[float]()
     for step in range(rounds):
         started = time.perf_counter()
         student.step(step, x, target, is_content, lr_factor=1.0, autocast=torch.bfloat16)
         seconds.append(time.perf_counter() - started)
     return sorted(seconds)[rounds // 2]
+
+
+def steps_alone(last: tuple[object, ...]) -> dict[str, float]:
+    """Return the seconds of a step alone, nearer to the run's own from one to the next."""
+    trained, _, x, target = last[:4]
+    assert isinstance(trained, Student)
+    assert isinstance(x, Tensor)
+    assert isinstance(target, Tensor)
+    return {
+        "(the step alone: random numbers, fresh weights)": step_alone(fresh_student(), *torch.randn(2, *x.shape)),
+        "(the step alone: the last batch, fresh weights)": step_alone(fresh_student(), x, target),
+        "(the step alone: the last batch, the run's weights)": step_alone(trained, x, target),
+    }
 
 
 def main(options: Options) -> None:
@@ -126,7 +148,8 @@ def main(options: Options) -> None:
         {"part": part, "ms a batch": 1000 * seconds / plan.steps, "share": seconds / whole}
         for part, seconds in parts.items()
     ]
-    rows.append({"part": "(the step alone, on one batch)", "ms a batch": 1000 * step_alone(), "share": ""})
+    alone = steps_alone(clock.last["student's step"])
+    rows += [{"part": part, "ms a batch": 1000 * seconds, "share": ""} for part, seconds in alone.items()]
     print_table(rows, f"Training from a cache, {plan.steps} batches of 4,096 tokens")
     title = f"What a batch from a cache takes: width {WIDTH}, float32, {plan.steps} batches"
     write_report(options.name, title, rows, described, {"prefetch": plan.resources.prefetch})
