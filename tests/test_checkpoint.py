@@ -30,6 +30,7 @@ from mxd.layers import (
 MIXTURE = MixtureOfDecodersConfig(d_in=6, d_hidden=8, d_out=5, num_experts=12, k=3, activation="silu")
 CONFIGS: dict[str, tuple[str, SparseLayerConfig]] = {
     "mxd": ("mxd", MIXTURE),
+    "mxd-shared": ("mxd", replace(MIXTURE, shared_expert=True)),
     "mxd-glu": ("mxd", replace(MIXTURE, encoder="glu", normalize_experts=False)),
     "transcoder": ("transcoder", TranscoderConfig(d_in=6, d_out=5, num_latents=12, k=3)),
     "skip-transcoder": ("skip-transcoder", SkipTranscoderConfig(d_in=6, d_out=5, num_latents=12, k=3)),
@@ -147,6 +148,12 @@ def test_where_a_layer_belongs_comes_back(folder: Path, tmp_path: Path) -> None:
     assert load_checkpoint(folder).provenance == KNOWN
     save_layer(build("mxd"), tmp_path / "unknown")
     assert load_checkpoint(tmp_path / "unknown").provenance == Provenance()
+
+
+def test_a_layer_saved_before_a_setting_existed_loads_and_does_what_it_did(folder: Path) -> None:
+    expected = load_layer(folder)
+    edit(folder, lambda config: [part(config, "layer").pop(name) for name in ("selection", "shared_expert")])
+    assert load_layer(folder).config == expected.config
 
 
 def test_saving_again_replaces_the_layer(folder: Path) -> None:

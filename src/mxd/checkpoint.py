@@ -22,7 +22,7 @@ from mxd.layers import SparseLayer, require_kind
 FORMAT_VERSION = 1
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
-LATER_FIELDS: Mapping[str, object] = {"selection": "topk"}
+LATER_FIELDS: Mapping[str, object] = {"selection": "topk", "shared_expert": False}
 """What layers do whose config.json was written before these keys of `layer` existed."""
 
 
