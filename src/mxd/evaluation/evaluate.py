@@ -91,8 +91,17 @@ def evaluate_run(
     return _evaluate(opened, chosen, at_once)
 
 
+_OF_FRONTIER_ALONE = ("frontier.svg", "frontier.md", "frontier.json")
+"""What `mxd frontier` writes into a run's folder beside the files of an evaluation."""
+
+
 def write_evaluation(run: Path, evaluation: Evaluation, *, title: str, footer: str) -> list[str]:
-    """Write the pictures, `report.html` and last `evaluation.json` into the run's folder; return the files' names."""
+    """Write the pictures, `report.html` and last `evaluation.json` into the run's folder; return the files' names.
+
+    What `mxd frontier` wrote there of an earlier evaluation is removed: it would stand beside numbers of today.
+    """
+    for name in _OF_FRONTIER_ALONE:
+        (run / name).unlink(missing_ok=True)
     own = [row for row in evaluation.rows if row.as_trained]
     pictures = [path.name for path in draw_ablations(evaluation.rows, run)]
     pictures += ["trade.png"] if draw_trade(own, run / "trade.png") else []
