@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 from typing import cast
 
@@ -117,6 +118,15 @@ def test_what_is_evaluated_is_not_evaluated_again(mxd: Command, evaluated: Path,
     compare_runs([evaluated], tokens=512, say=said.append)
     assert said == []
     assert {name: (evaluated / name).read_bytes() for name in before} == before
+
+
+def test_a_later_evaluation_leaves_no_frontier_of_earlier_numbers(
+    mxd: Command, evaluated: Path, tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(evaluated, tmp_path / "run"))
+    assert mxd("evaluate", run, "--tokens", 256).status == 0
+    assert not [name for name in ("frontier.svg", "frontier.md", "frontier.json") if (run / name).exists()]
+    assert (run / "frontier.png").is_file()
 
 
 def test_intervals_over_documents_are_those_of_the_definition(tiny: TinyRun, evaluated: Path) -> None:
