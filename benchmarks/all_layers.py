@@ -88,7 +88,7 @@ def _cells(rows: Sequence[EvaluationRow]) -> Grid:
     for row in order:
         assert row.k is not None
         members = cells.setdefault(Cell(row.layer, row.k), {}).setdefault(row.kind, [])
-        if any(member.student == row.student for member in members):
+        if any((member.student, member.seed) == (row.student, row.seed) for member in members):
             raise SystemExit(f"{row.id} of layer {row.layer} must be in one of the runs only.")
         members.append(row)
     return cells
