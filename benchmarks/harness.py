@@ -19,7 +19,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
 from rich.console import Console
 from rich.table import Table
 
@@ -152,6 +154,15 @@ def write_report(
     (folder / f"{name}.md").write_text("\n".join(lines) + "\n")
     if figure is not None:
         figure.savefig(folder / f"{name}.png", dpi=150, bbox_inches="tight")
+
+
+def plain_log_ticks(panel: Axes, experts: Sequence[int]) -> None:
+    """Give a panel a logarithmic x-axis with these ticks and y-labels without powers, which our style does not set."""
+    panel.set_xscale("log", base=2)
+    panel.set_xticks(experts, [str(count) for count in experts], size=8)
+    panel.xaxis.set_minor_formatter(NullFormatter())
+    panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    panel.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _cell(value: object) -> str:

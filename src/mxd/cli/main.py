@@ -25,6 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     from mxd.cli.evaluate import evaluate
     from mxd.cli.frontier import frontier
     from mxd.cli.numbers import COUNTS
+    from mxd.cli.pretrain import pretrain_from, show_pretraining_recipes
     from mxd.cli.train import LIST, recipe_named, show_recipes, train_from
     from mxd.runs.snapshots import SnapshotError
     from mxd.training.train import TrainingFault, TrainingInterrupted
@@ -32,12 +33,18 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     given = list(sys.argv[1:] if arguments is None else arguments)
     name = f"mxd {given[0]}" if given and not given[0].startswith("-") else "mxd"
     try:
-        recipe = recipe_named(given[1:]) if given[:1] == ["train"] else None
-        if recipe == LIST:
-            show_recipes()
+        recipes = {command: recipe_named(given[1:]) for command in ("train", "pretrain") if given[:1] == [command]}
+        if LIST in recipes.values():
+            (show_recipes if "train" in recipes else show_pretraining_recipes)()
             sys.exit(DONE)
         tyro.extras.subcommand_cli_from_dict(
-            {"train": train_from(recipe), "evaluate": evaluate, "frontier": frontier, "demo": demo},
+            {
+                "train": train_from(recipes.get("train")),
+                "evaluate": evaluate,
+                "frontier": frontier,
+                "demo": demo,
+                "pretrain": pretrain_from(recipes.get("pretrain")),
+            },
             prog="mxd",
             description="Decompose the MLP layers of language models into sparse layers that can replace them.",
             args=given or ["--help"],

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from mxd.kernels import linear, mix
+from mxd.kernels import cp_combine, cp_matrix, linear, mix
 from mxd.layers.activations import Activation
 from mxd.layers.dense_encoder import Encoder, dense_encoder, num_branches
 from mxd.layers.initialization import normalize_rows_, uniform, uniform_by_column, zeros
@@ -127,8 +127,8 @@ class LowRankMixture(SparseLayer):
 
     def decode(self, x: Float[Tensor, "*batch d_in"], code: SparseCode) -> Float[Tensor, "*batch d_out"]:
         r"""Return $((U_1^T a) \odot (U_2^T z)) U_3 + b$."""
-        mixed = mix(code.values, code.indices, self.W_expert) * linear(self.encoder(x), self.W_down)
-        return linear(mixed, self.W_dec, self.b_dec)
+        terms = mix(code.values, code.indices, self.W_expert), linear(self.encoder(x), self.W_down)
+        return cp_combine(terms, self.W_dec, self.b_dec)
 
     def base(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
         """Return the output bias: with no expert active, nothing else is left."""
@@ -148,7 +148,7 @@ class LowRankMixture(SparseLayer):
         """
         if not 0 <= n < self.config.num_experts:
             raise ValueError(f"expert must lie in [0, {self.config.num_experts - 1}]; got {n}.")
-        return (self.W_down * self.W_expert[n]) @ self.W_dec
+        return cp_matrix([self.W_expert[n]], self.W_down, self.W_dec)
 
     def unit_length_tables(self) -> tuple[nn.Parameter, ...]:
         """Return the expert table where it is kept normalised."""

@@ -1,1 +1,1 @@
-"""Language and image models that are trained with multilinear mixtures of experts in place of their MLPs."""
+"""Models whose MLPs are multilinear mixtures: put in by one call, trained from scratch, saved and loaded."""

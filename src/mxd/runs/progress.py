@@ -63,6 +63,8 @@ class TrainingProgress:
         student_ids: In the order in which they are shown; of more than twelve, the twelve with the largest fvu.
         description: A word or two before the numbers.
         tokens_at_start: Tokens done before a resume, which count for the bar and not for the speed.
+        unit: What is counted.
+        columns: Metrics that are shown; lines outside a terminal have the second.
         console: Where to write; stderr unless given.
         clock: Seconds that only grow; tests pass their own.
     """
@@ -74,11 +76,13 @@ class TrainingProgress:
         description: str,
         *,
         tokens_at_start: int = 0,
+        unit: str = "tokens",
+        columns: Sequence[str] = ("loss", "fvu", "l0", "dead_fraction"),
         console: Console | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._total_tokens, self._student_ids, self._description = total_tokens, list(student_ids), description
-        self._tokens = tokens_at_start
+        self._tokens, self._unit, self._columns = tokens_at_start, unit, tuple(columns)
         self._console = console if console is not None else Console(stderr=True)
         self._clock = clock
         self._metrics: Metrics = {}
@@ -127,7 +131,8 @@ class TrainingProgress:
     def _write_line(self) -> None:
         self._shown_tokens = self._tokens
         shown = self._shown_students()
-        students = [f"{student} fvu {_number(self._value(student, 'fvu'))}" for student in shown]
+        told = self._columns[1]
+        students = [f"{student} {told} {_number(self._value(student, told))}" for student in shown]
         more = self._more(shown)
         parts = [self._description, *self._facts(), ", ".join(students) + (f" {more}" if more else "")]
         self._console.print(Text("  ".join(parts)), soft_wrap=True)
@@ -142,15 +147,13 @@ class TrainingProgress:
             head.add_row(facts)
         table = Table(box=None, padding=(0, 1), pad_edge=False)
         table.add_column("student", overflow="ellipsis", no_wrap=True)
-        for name in ("loss", "fvu", "l0", "dead"):
-            table.add_column(name, justify="right", no_wrap=True, min_width=6)
+        for name in self._columns:
+            table.add_column(name.removesuffix("_fraction"), justify="right", no_wrap=True, min_width=6)
         shown = self._shown_students()
         for student in shown:
-            table.add_row(
-                Text(student),
-                *(_number(self._value(student, name)) for name in ("loss", "fvu", "l0")),
-                _share(self._value(student, "dead_fraction")),
-            )
+            values = {name: self._value(student, name) for name in self._columns}
+            cells = [_share(value) if name == "dead_fraction" else _number(value) for name, value in values.items()]
+            table.add_row(Text(student), *cells)
         more = self._more(shown)
         return Group(head, table, Text(more)) if more else Group(head, table)
 
@@ -160,9 +163,9 @@ class TrainingProgress:
         remaining = max(self._total_tokens - self._tokens, 0)
         eta = str(timedelta(seconds=round(min(remaining / rate, LONGEST_SECONDS)))) if rate > 0 else "–"
         return [
-            f"{_count(self._tokens)}/{_count(self._total_tokens)} tokens",
+            f"{_count(self._tokens)}/{_count(self._total_tokens)} {self._unit}",
             f"{done:.1%}",
-            f"{_count(round(rate))} tokens/s",
+            f"{_count(round(rate))} {self._unit}/s",
             f"ETA {eta}",
         ]
 

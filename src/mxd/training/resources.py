@@ -91,8 +91,13 @@ def resolve_device(asked: str) -> str:
     return asked
 
 
-def _bfloat16_is_faster(device: str, widest: int) -> bool:
+def multiplies_bfloat16(device: str) -> bool:
+    """Whether a device has instructions for products of bfloat16 matrices."""
     kind = torch.device(device).type
     if kind == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return kind == "cpu" and widest >= WIDTH_FOR_BFLOAT16 and torch.cpu._is_avx512_bf16_supported()
+    return kind == "cpu" and torch.cpu._is_avx512_bf16_supported()
+
+
+def _bfloat16_is_faster(device: str, widest: int) -> bool:
+    return multiplies_bfloat16(device) and (torch.device(device).type != "cpu" or widest >= WIDTH_FOR_BFLOAT16)

@@ -1,0 +1,163 @@
+"""`mxd pretrain`: a model with multilinear MLPs, from scratch."""
+
+import functools
+import json
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from mxd.pretraining.config import ImageConfig, LanguageConfig, PretrainConfig
+from mxd.pretraining.recipes import RECIPES, find_recipe
+from mxd.pretraining.run import MAY_DIFFER, MODEL_FOLDER, PretrainPlan, make_plan, run_plan
+from mxd.runs.run import is_finished, is_run, read_configuration, reopen_run
+from mxd.training.train import TrainingInterrupted
+
+DEFAULT_RECIPE = "stdlib-cp"
+
+
+def pretrain_language(
+    config: Annotated[LanguageConfig, tyro.conf.arg(name="")],
+    out: Path | None = None,
+    resume: bool = False,
+    dry_run: bool = False,
+    snapshot_every: float = 300.0,
+    json_: Annotated[bool, tyro.conf.arg(name="json")] = False,
+) -> None:
+    """Train a language model from scratch whose MLPs are multilinear mixtures of experts.
+
+    The recipe sets every option, and those given beside it replace its values; `--recipe list` shows the recipes, and
+    those of images have options of their own: `mxd pretrain --recipe mnist-cp --help`. The default is stdlib-cp.
+
+    Args:
+        config: What to train, on what, and how.
+        out: Folder of the run; it must not exist, unless resuming.
+        resume: Continue the run in --out; bit for bit what it would have been uninterrupted.
+        dry_run: Read the data, build the model and print its sizes; train and write nothing.
+        snapshot_every: Seconds between two snapshots.
+        json_: Print the result as JSON.
+    """
+    _pretrain(config, out, resume, dry_run, snapshot_every, json_)
+
+
+def pretrain_images(
+    config: Annotated[ImageConfig, tyro.conf.arg(name="")],
+    out: Path | None = None,
+    resume: bool = False,
+    dry_run: bool = False,
+    snapshot_every: float = 300.0,
+    json_: Annotated[bool, tyro.conf.arg(name="json")] = False,
+) -> None:
+    """Train an MLP-Mixer from scratch whose MLPs are multilinear mixtures of experts.
+
+    The recipe sets every option, and those given beside it replace its values; `--recipe list` shows the recipes.
+
+    Args:
+        config: What to train, on what, and how.
+        out: Folder of the run; it must not exist, unless resuming.
+        resume: Continue the run in --out; bit for bit what it would have been uninterrupted.
+        dry_run: Read the data, build the model and print its sizes; train and write nothing.
+        snapshot_every: Seconds between two snapshots.
+        json_: Print the result as JSON.
+    """
+    _pretrain(config, out, resume, dry_run, snapshot_every, json_)
+
+
+def pretrain_from(recipe: str | None) -> Callable[..., None]:
+    """Return the command with the values of a recipe as its defaults.
+
+    Raises:
+        ValueError: If there is no recipe of this name.
+    """
+    config = find_recipe(recipe or DEFAULT_RECIPE)
+    if isinstance(config, LanguageConfig):
+        return functools.partial(pretrain_language, config=config)
+    return functools.partial(pretrain_images, config=config)
+
+
+def show_pretraining_recipes() -> None:
+    """Print a table of all recipes."""
+    table = Table(box=None, pad_edge=False)
+    for heading in ("recipe", "model", "data", "MLPs", "experts"):
+        table.add_column(heading, no_wrap=True)
+    for name in RECIPES:
+        config = find_recipe(name)
+        if isinstance(config, LanguageConfig):
+            model, data = (
+                f"GPT-2, {config.num_layers} × {config.d_model}",
+                f"{' '.join(config.text)}, {config.tokens:,}",
+            )
+        else:
+            model = f"MLP-Mixer, {config.mixer.num_blocks} × {config.mixer.d_model}"
+            data = f"{config.images}, {config.epochs:g} epochs"
+        experts = "" if config.mlp.kind == "dense" else " × ".join(map(str, config.mlp.num_experts))
+        table.add_row(name, model, data, config.mlp.kind, experts)
+    console = Console(markup=False, highlight=False)
+    console.print(table)
+    console.print("Every option given beside --recipe replaces the recipe's value; add --help to see them all.")
+
+
+def _pretrain(
+    config: PretrainConfig, out: Path | None, resume: bool, dry_run: bool, snapshot_every: float, as_json: bool
+) -> None:
+    if not snapshot_every >= 0:
+        raise ValueError(f"snapshot-every must be a number of seconds, at least 0; got {snapshot_every}.")
+    if out is None and not dry_run:
+        raise ValueError("out must name the folder of the run; give --out, or --dry-run to see the sizes alone.")
+    # Square brackets in the name of a file are no markup.
+    console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
+    there = out is not None and is_run(out)
+    if there and not (resume or dry_run):
+        raise ValueError(f"{out} exists; pass --resume to continue it or name another --out.")
+    plan = make_plan(config, stored=read_configuration(out) if out is not None and there and resume else None)
+    if out is None or dry_run:
+        _show(plan, console)
+        return
+    if there:
+        # Checked again when training begins; here, so that a refusal is one sentence and nothing else.
+        reopen_run(out, plan.description(), ignore=MAY_DIFFER)
+    was_finished = there and is_finished(out)
+    _show(plan, console)
+    try:
+        result = run_plan(plan, out, resume=resume, snapshot_every=snapshot_every)
+    except (TrainingInterrupted, KeyboardInterrupt) as error:
+        arguments = sys.argv[1:] if "--resume" in sys.argv else [*sys.argv[1:], "--resume"]
+        command = shlex.join(["mxd", *arguments])
+        raise TrainingInterrupted(f"stopped by {str(error) or 'SIGINT'}; go on with: {command}") from error
+    if as_json:
+        print(json.dumps(result, indent=2))
+    else:
+        print("  ".join(f"{name} {value:.4f}" for name, value in result.items() if isinstance(value, float)))
+    console.print(
+        f"{out} is finished already; nothing was changed."
+        if was_finished
+        else f"Wrote the model to {out}/{MODEL_FOLDER}."
+    )
+
+
+def _show(plan: PretrainPlan, console: Console) -> None:
+    table = Table(box=None, pad_edge=False)
+    for heading in ("MLP", "widths", "experts", "ranks", "parameters", "against dense"):
+        table.add_column(heading, justify="left" if heading == "MLP" else "right")
+    for path, block in plan.task.blocks.items():
+        dense = (block.d_in + 1) * block.d_hidden + (block.d_hidden + 1) * block.d_out
+        table.add_row(
+            path,
+            f"{block.d_in} → {block.d_hidden} → {block.d_out}",
+            " × ".join(map(str, block.num_experts)),
+            " ".join(map(str, block.ranks)),
+            f"{block.num_parameters:,}",
+            f"{block.num_parameters / dense - 1:+.2%}",
+        )
+    if plan.task.blocks:
+        console.print(table)
+    config, task = plan.config, plan.task
+    console.print(
+        f"{config.recipe}: {plan.parameters:,} parameters, {task.steps:,} steps of {task.units_per_step:,} "
+        f"{task.unit}; {plan.device}, {plan.precision}, {plan.threads} threads."
+    )

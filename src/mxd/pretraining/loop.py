@@ -1,0 +1,173 @@
+"""The loop of pre-training: one model, one optimiser, resumable bit for bit."""
+
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack, nullcontext
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from mxd.atomic import JSON
+from mxd.pretraining.config import Optimization
+from mxd.pretraining.surgery import all_finite, parameter_groups
+from mxd.pretraining.tasks import Task
+from mxd.runs.metrics_log import MetricsLog
+from mxd.runs.progress import TrainingProgress
+from mxd.runs.signals import interruptible
+from mxd.runs.snapshots import load_newest_snapshot, save_snapshot
+from mxd.training.optimizer import optimizer_tensors, restore_optimizer_
+from mxd.training.train import TrainingFault, TrainingInterrupted
+
+LOG_EVERY = 10
+"""Steps between two lines of metrics.jsonl."""
+
+
+def pretrain(
+    task: Task,
+    config: Optimization,
+    run: Path,
+    *,
+    name: str,
+    device: str,
+    precision: str,
+    eval_every: int,
+    snapshot_every: float = 300.0,
+) -> Mapping[str, float]:
+    """Train a task's model from the run's newest snapshot, if it has one, to the end.
+
+    Interrupted at any moment and called again it ends with the same weights, bit for bit, on the same machine: what is
+    random in a step is drawn from a seed of that step.
+
+    Args:
+        task: What to train.
+        config: How.
+        run: Folder for `metrics.jsonl` and `snapshots/`.
+        name: What the progress display calls it.
+        device: Where to train.
+        precision: Type of the matrix products.
+        eval_every: Steps between two evaluations; there is one at the end in any case.
+        snapshot_every: Seconds between snapshots; when they are taken changes nothing else.
+
+    Returns:
+        The last evaluation.
+
+    Raises:
+        TrainingFault: If the loss or a weight is not finite.
+        TrainingInterrupted: If SIGINT or SIGTERM arrived; a snapshot was written first.
+        OSError: If metrics or a snapshot cannot be written; the snapshots before it stay.
+    """
+    model, steps = task.model, task.steps
+    groups = parameter_groups(model, config.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
+    first = _resume(task, optimizer, run)
+    last_snapshot = started = time.monotonic()
+    evaluation: Mapping[str, float] = {}
+    autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bfloat16")
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng())
+        stop = stack.enter_context(interruptible())
+        log = stack.enter_context(MetricsLog(run / "metrics.jsonl", first_step=first + 1))
+        progress = stack.enter_context(
+            TrainingProgress(
+                steps * task.units_per_step,
+                [name],
+                "Pre-training",
+                tokens_at_start=first * task.units_per_step,
+                unit=task.unit,
+                columns=("loss", "held_out_loss"),
+            )
+        )
+        for step in range(first, steps):
+            generator = torch.Generator().manual_seed(_seed_of(config.seed, step))
+            torch.manual_seed(_seed_of(config.seed, step) + 1)
+            for group in optimizer.param_groups:
+                group["lr"] = config.rate(step, steps)
+            loss = _backward(task, config, generator, autocast)
+            if config.clip is not None:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+            optimizer.step()
+            optimizer.zero_grad()
+
+            done = step + 1
+            is_last = done == steps
+            evaluates = done % eval_every == 0 or is_last
+            if done % LOG_EVERY == 0 or evaluates:
+                _require_finite(task, loss, done, state=is_last)
+                record = {"step": done, task.unit: done * task.units_per_step, "loss": float(loss)}
+                record |= {"lr": config.rate(step, steps), "seconds": round(time.monotonic() - started, 3)}
+                if evaluates:
+                    evaluation = _evaluate(task, autocast)
+                    record |= evaluation
+                log.log(record)
+                shown = {key: value for key, value in record.items() if key in ("loss", "held_out_loss")}
+                progress.update(done * task.units_per_step, {name: shown})
+            if stop.requested is not None or is_last or time.monotonic() - last_snapshot >= snapshot_every:
+                _require_finite(task, loss, done, state=True)
+                save_snapshot(run / "snapshots", done, _tensors(task, optimizer), {"position": task.position()})
+                last_snapshot = time.monotonic()
+            if stop.requested is not None and not is_last:
+                raise TrainingInterrupted(f"{stop.requested} after step {done:,} of {steps:,}")
+    return evaluation or _evaluate(task, autocast)
+
+
+def _backward(
+    task: Task, config: Optimization, generator: torch.Generator, autocast: torch.autocast | nullcontext[None]
+) -> Tensor:
+    """Add up the gradients of a batch, part by part, and return its mean loss."""
+    batch = task.next_batch(generator)
+    total = torch.zeros(())
+    for part in batch.split(config.micro_batch):
+        share = len(part.inputs) / len(batch.inputs)
+        with autocast:
+            loss = task.loss(part)
+        (loss * share).backward()
+        total += loss.detach().float().cpu() * share
+    return total
+
+
+def _evaluate(task: Task, autocast: torch.autocast | nullcontext[None]) -> dict[str, float]:
+    task.model.eval()
+    try:
+        with autocast:
+            return task.evaluate()
+    finally:
+        task.model.train()
+
+
+def _seed_of(seed: int, step: int) -> int:
+    # Far enough apart that no step of one seed is a step of another.
+    return (seed << 40) + (step << 1)
+
+
+def _resume(task: Task, optimizer: torch.optim.Optimizer, run: Path) -> int:
+    """Put the newest snapshot's state back and return its step; 0 where there is none."""
+    snapshot = load_newest_snapshot(run / "snapshots")
+    if snapshot is None:
+        return 0
+    own = task.model.state_dict()
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(snapshot.tensors[f"model/{name}"])
+    prefix = "optimizer/"
+    restore_optimizer_(
+        optimizer,
+        {name.removeprefix(prefix): value for name, value in snapshot.tensors.items() if name.startswith(prefix)},
+    )
+    task.restore(cast("Mapping[str, JSON]", snapshot.state["position"]))
+    return snapshot.step
+
+
+def _tensors(task: Task, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    weights = {f"model/{name}": tensor.detach() for name, tensor in task.model.state_dict().items()}
+    return weights | {f"optimizer/{name}": tensor for name, tensor in optimizer_tensors(optimizer).items()}
+
+
+def _require_finite(task: Task, loss: Tensor, done: int, *, state: bool) -> None:
+    if bool(torch.isfinite(loss)) and (not state or all_finite(task.model)):
+        return
+    raise TrainingFault(
+        f"the loss and the weights must be finite numbers; one was NaN or infinite by step {done:,}. No snapshot was "
+        "taken of it: lower the learning rate and train anew."
+    )
