@@ -1,13 +1,14 @@
-"""A layer as a folder: `config.json` and `model.safetensors`. Nothing is ever unpickled.
+"""A layer as a folder: `config.json`, `model.safetensors` and its edits, if any. Nothing is ever unpickled.
 
 `config.json` holds everything that is not a tensor: the kind, its configuration, where the layer belongs (model,
-revision, block, module path) and the weights' checksum. Tensors are stored `(in, out)` and row-contiguous, whatever
-their layout in memory.
+revision, block, module path) and the weights' checksum. `edits.json` holds what is done to every code of the layer
+(`mxd.edits`), and the checksum of the weights that it is meant for. Tensors are stored `(in, out)` and row-contiguous,
+whatever their layout in memory.
 """
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal, cast, get_args, get_origin
@@ -16,12 +17,17 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-from mxd.atomic import json_text, partial_path, sync_file, sync_folder
+from mxd.atomic import json_text, partial_path, sync_file, sync_folder, write_json_atomically
+from mxd.edits import Edit, edits_of, with_edits
 from mxd.layers import SparseLayer, require_kind
 
 FORMAT_VERSION = 1
+EDITS_VERSION = 1
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+EDITS_FILE = "edits.json"
+LAYER_FILES = (CONFIG_FILE, WEIGHTS_FILE, EDITS_FILE)
+"""Everything that makes up a layer; the last is there if it is edited."""
 LATER_FIELDS: Mapping[str, object] = {"selection": "topk", "shared_expert": False}
 """What layers do whose config.json was written before these keys of `layer` existed."""
 
@@ -63,9 +69,9 @@ class Checkpoint:
 
 
 def save_layer(layer: SparseLayer, folder: str | Path, provenance: Provenance | None = None) -> None:
-    """Write a layer's two files; a layer that was there stays whole until both are written.
+    """Write a layer's two files, and a third if it is edited; a layer that was there stays whole until all are written.
 
-    Equal layers give equal bytes.
+    Equal layers give equal bytes. Edits of a layer that was there are removed.
 
     Args:
         layer: The layer; it is moved to the CPU for writing and stays as it is.
@@ -91,7 +97,67 @@ def save_layer(layer: SparseLayer, folder: str | Path, provenance: Provenance | 
         "provenance": asdict(provenance or Provenance()),
         "weights_sha256": hashlib.sha256(weights).hexdigest(),
     }
-    _write_together({folder / WEIGHTS_FILE: weights, folder / CONFIG_FILE: json_text(config).encode()})
+    files = {folder / WEIGHTS_FILE: weights, folder / CONFIG_FILE: json_text(config).encode()}
+    edits = edits_of(layer)
+    if edits:
+        files[folder / EDITS_FILE] = json_text(_edits_content(edits, str(config["weights_sha256"]))).encode()
+    _write_together(files)
+    if not edits:
+        (folder / EDITS_FILE).unlink(missing_ok=True)
+
+
+def save_edits(folder: str | Path, edits: Sequence[Edit]) -> None:
+    """Write which edits are in force in a saved layer, in place of those that were; its other files stay as they are.
+
+    Args:
+        folder: As `load_layer` takes it.
+        edits: What is done to every code; none undoes everything, and the layer is again as it was trained.
+
+    Raises:
+        FileNotFoundError: As `load_layer`.
+        ValueError: As `load_layer`; if an edit is for chosen positions, or for a latent that the layer has not.
+    """
+    folder = _layer_folder(Path(folder))
+    with_edits(load_layer(folder), edits)
+    if edits:
+        sha256 = cast(str, _read_config(folder / CONFIG_FILE)["weights_sha256"])
+        write_json_atomically(folder / EDITS_FILE, _edits_content(edits, sha256))
+    else:
+        (folder / EDITS_FILE).unlink(missing_ok=True)
+        sync_folder(folder)
+
+
+def _edits_content(edits: Sequence[Edit], weights_sha256: str) -> dict[str, object]:
+    return {
+        "format": "mxd-edits",
+        "format_version": EDITS_VERSION,
+        "weights_sha256": weights_sha256,
+        "edits": [edit.to_json() for edit in edits],
+    }
+
+
+def _read_edits(path: Path, weights_sha256: str) -> list[Edit]:
+    if not path.is_file():
+        return []
+    try:
+        content: object = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} must be JSON; it does not parse ({error}). Restore or remove it.") from error
+    found = cast(Mapping[str, object], content if isinstance(content, dict) else {})
+    _require_fields(path, "the top level", found, {"format", "format_version", "weights_sha256", "edits"})
+    if (found["format"], found["format_version"]) != ("mxd-edits", EDITS_VERSION):
+        raise ValueError(
+            f"{path} must be edits of version {EDITS_VERSION}; it is {found['format']} {found['format_version']}. "
+            "Load the layer with the version of mxd that wrote it, or remove the file."
+        )
+    if found["weights_sha256"] != weights_sha256:
+        raise ValueError(
+            f"{path} must be meant for the weights beside it; it is for others. Restore those, or remove the file."
+        )
+    try:
+        return [Edit.from_json(edit) for edit in cast(Sequence[object], found["edits"])]
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} must list edits; {error} Restore or remove it.") from error
 
 
 def _write_together(files: Mapping[Path, bytes]) -> None:
@@ -111,7 +177,7 @@ def _write_together(files: Mapping[Path, bytes]) -> None:
 
 
 def load_layer(path: str | Path) -> SparseLayer:
-    """Return a layer from a local folder, in evaluation mode, on the CPU, in the type it was saved in.
+    """Return a layer from a local folder, in evaluation mode, on the CPU, in the type it was saved in, with its edits.
 
     Args:
         path: A folder that `save_layer` wrote, such as `RUN/layers/8/mxd-k32`, or a run with a single layer.
@@ -149,7 +215,12 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
             "differ in name or shape. Restore both files from the same source."
         )
     layer.to(next(iter(tensors.values())).dtype).load_state_dict(tensors)
-    return Checkpoint(layer=layer.eval(), provenance=Provenance(**provenance_fields))  # pyright: ignore[reportArgumentType]
+    edits = _read_edits(folder / EDITS_FILE, cast(str, config["weights_sha256"]))
+    try:
+        layer = with_edits(layer.eval(), edits)
+    except ValueError as error:
+        raise ValueError(f"{folder / EDITS_FILE} must fit the layer; {error}") from error
+    return Checkpoint(layer=layer, provenance=Provenance(**provenance_fields))  # pyright: ignore[reportArgumentType]
 
 
 def _layer_folder(path: Path) -> Path:

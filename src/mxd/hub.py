@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mxd.atomic import write_text_atomically
-from mxd.checkpoint import CONFIG_FILE, WEIGHTS_FILE, load_checkpoint, load_layer
+from mxd.checkpoint import CONFIG_FILE, EDITS_FILE, LAYER_FILES, load_checkpoint, load_layer
 from mxd.layers import SparseLayer
 
 CARD_FILE = "README.md"
@@ -48,9 +48,13 @@ def push_to_hub(folder: str | Path, repository: str, *, private: bool = False, t
     write_text_atomically(folder / CARD_FILE, model_card(folder))
     api = HfApi(token=token)
     api.create_repo(repository, private=private, exist_ok=True)
-    names = (CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, "evaluation.json", "frontier.png")
-    wanted = [*names, f"layers/*/*/{CONFIG_FILE}", f"layers/*/*/{WEIGHTS_FILE}"]
-    return str(api.upload_folder(repo_id=repository, folder_path=folder, allow_patterns=wanted))
+    names = (CARD_FILE, *LAYER_FILES, "evaluation.json", "frontier.png")
+    wanted = [*names, *(f"layers/*/*/{name}" for name in LAYER_FILES)]
+    # Edits that were undone here are undone there.
+    outdated = [EDITS_FILE, f"layers/*/*/{EDITS_FILE}"]
+    return str(
+        api.upload_folder(repo_id=repository, folder_path=folder, allow_patterns=wanted, delete_patterns=outdated)
+    )
 
 
 def model_card(folder: str | Path) -> str:
@@ -124,7 +128,7 @@ def _download(repository: str, subfolder: str, revision: str | None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     below = f"{subfolder.rstrip('/')}/" if subfolder else "**/"
-    wanted = [CONFIG_FILE, WEIGHTS_FILE, f"{below}{CONFIG_FILE}", f"{below}{WEIGHTS_FILE}"]
+    wanted = [*LAYER_FILES, *(f"{below}{name}" for name in LAYER_FILES)]
     try:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=wanted))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:

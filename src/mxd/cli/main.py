@@ -22,10 +22,13 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     # one by one. PyTorch reads this when it first allocates.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     from mxd.cli.demo import demo
+    from mxd.cli.edit import edit
     from mxd.cli.evaluate import evaluate
+    from mxd.cli.explain import explain
     from mxd.cli.frontier import frontier
     from mxd.cli.numbers import COUNTS
     from mxd.cli.pretrain import pretrain_from, show_pretraining_recipes
+    from mxd.cli.steer import steer
     from mxd.cli.train import LIST, recipe_named, show_recipes, train_from
     from mxd.runs.snapshots import SnapshotError
     from mxd.training.train import TrainingFault, TrainingInterrupted
@@ -44,6 +47,13 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
                 "frontier": frontier,
                 "demo": demo,
                 "pretrain": pretrain_from(recipes.get("pretrain")),
+                "train": train_from(recipe),
+                "evaluate": evaluate,
+                "frontier": frontier,
+                "steer": steer,
+                "edit": edit,
+                "explain": explain,
+                "demo": demo,
             },
             prog="mxd",
             description="Decompose the MLP layers of language models into sparse layers that can replace them.",

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 from torch import nn
 
+from mxd.edits import edits_of
 from mxd.evaluation.ablation import draw_ablations
 from mxd.evaluation.curves import read_curves
 from mxd.evaluation.expert_use import UseHistogram, collapse_warnings, use_histogram
@@ -168,7 +169,9 @@ def _facts(opened: OpenedRun, students: Sequence[TrainedStudent]) -> dict[str, s
     parameter = next(cast(nn.Module, opened.language_model.model).parameters())
     tokens_trained = students[0].provenance.tokens_trained
     layers = sorted({student.candidate.layer for student in students})
+    edited = [student.candidate.name for student in students if edits_of(student.candidate.network)]
     return {
+        **({"edited": f"{', '.join(edited)} (edits.json beside the layer)"} if edited else {}),
         "model": opened.language_model.id,
         "layer" if len(layers) == 1 else "layers": ", ".join(map(str, layers)),
         "held-out text": opened.text_name,

@@ -1,1 +1,16 @@
-"""A language model as a judge, behind any OpenAI-compatible endpoint."""
+"""Judgements of texts and latents by a language model behind any OpenAI-compatible endpoint."""
+
+from mxd.judge.answers import read_explanation, read_scores, read_verdicts
+from mxd.judge.endpoint import Endpoint, Estimate, Failure, Judge, JudgeConfig, Question
+
+__all__ = [
+    "Endpoint",
+    "Estimate",
+    "Failure",
+    "Judge",
+    "JudgeConfig",
+    "Question",
+    "read_explanation",
+    "read_scores",
+    "read_verdicts",
+]

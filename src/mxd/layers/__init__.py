@@ -12,7 +12,7 @@ from mxd.layers.request import LayerRequest, RequestedConfig
 from mxd.layers.selection import L1, BatchTopK, Selection, SelectionName, SparseCode, TopK, topk_relu
 from mxd.layers.shared_transcoder import SharedTranscoder, SharedTranscoderConfig
 from mxd.layers.skip_transcoder import SkipTranscoder, SkipTranscoderConfig
-from mxd.layers.sparse_layer import Init, LinearMap, SparseLayer, SparseLayerConfig, SparseLayerOutput
+from mxd.layers.sparse_layer import AtomRows, Init, LinearMap, SparseLayer, SparseLayerConfig, SparseLayerOutput
 from mxd.layers.topk_autoencoder import TopKAutoencoder, TopKAutoencoderConfig
 from mxd.layers.transcoder import Transcoder, TranscoderConfig
 
@@ -61,6 +61,7 @@ __all__ = [
     "L1",
     "LAYERS",
     "Activation",
+    "AtomRows",
     "BatchTopK",
     "Encoder",
     "GluEncoder",

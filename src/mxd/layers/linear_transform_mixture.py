@@ -15,7 +15,7 @@ from mxd.kernels.backends import backend
 from mxd.layers.initialization import uniform_by_column, zeros
 from mxd.layers.request import LayerRequest
 from mxd.layers.selection import SelectionName, SparseCode
-from mxd.layers.sparse_layer import LinearMap, SparseLayer, require_sizes
+from mxd.layers.sparse_layer import AtomRows, LinearMap, SparseLayer, require_sizes
 
 HALVINGS = 4
 """Each group of transforms has half the rank of the one before it and twice its number; this many follow the first."""
@@ -158,6 +158,10 @@ class LinearTransformMixture(SparseLayer):
             raise ValueError(f"expert must lie in [0, {self.config.num_latents - 1}]; got {n}.")
         block = slice(self.offsets[n], self.offsets[n + 1])
         return self.W_down[:, block] @ self.W_dec[block]
+
+    def atom_rows(self, latent: int) -> AtomRows:
+        """Return the transform's block of rows of `W_dec`."""
+        return AtomRows(self.W_dec, self.offsets[latent], self.offsets[latent + 1])
 
     def latent_lengths(self) -> Float[Tensor, " num_latents"]:
         """Return the Frobenius norm of each transform, from Gram matrices of its rank: none is built."""

@@ -13,7 +13,7 @@ from mxd.layers.initialization import uniform, uniform_by_column, zeros
 from mxd.layers.mlp_weights import MlpWeights
 from mxd.layers.request import LayerRequest
 from mxd.layers.selection import SelectionName, SparseCode
-from mxd.layers.sparse_layer import LinearMap, SparseLayer, require_sizes
+from mxd.layers.sparse_layer import AtomRows, LinearMap, SparseLayer, require_sizes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,6 +83,7 @@ class SharedTranscoder(SparseLayer):
     """
 
     kind = "shared-transcoder"
+    fixed_atoms = True
     inits = ("model", "paper")
     shared_penalty = 0.12
     config: SharedTranscoderConfig
@@ -143,6 +144,10 @@ class SharedTranscoder(SparseLayer):
     def inherited(self) -> tuple[nn.Parameter, ...]:
         """Return the weights of the shared expert, which begin near their place."""
         return (*self.encoder.parameters(), self.W_shared)
+
+    def atom_rows(self, latent: int) -> AtomRows:
+        """Return the latent's decoder row."""
+        return AtomRows(self.W_dec, latent, latent + 1)
 
     def latent_lengths(self) -> Float[Tensor, " num_latents"]:
         """Return the length of each decoder row."""

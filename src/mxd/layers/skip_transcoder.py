@@ -10,7 +10,7 @@ from mxd.kernels import linear, mix
 from mxd.layers.initialization import uniform_by_column, zeros
 from mxd.layers.request import LayerRequest
 from mxd.layers.selection import SelectionName, SparseCode
-from mxd.layers.sparse_layer import LinearMap, SparseLayer, require_sizes
+from mxd.layers.sparse_layer import AtomRows, LinearMap, SparseLayer, require_sizes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,6 +68,7 @@ class SkipTranscoder(SparseLayer):
     """
 
     kind = "skip-transcoder"
+    fixed_atoms = True
     config: SkipTranscoderConfig
     W_enc: Float[nn.Parameter, "d_in num_latents"]
     b_enc: Float[nn.Parameter, " num_latents"]
@@ -102,6 +103,10 @@ class SkipTranscoder(SparseLayer):
     ) -> Float[Tensor, "*batch k d_out"]:
         """Return the named decoder rows, the same for every input."""
         return self.W_dec[indices]
+
+    def atom_rows(self, latent: int) -> AtomRows:
+        """Return the latent's decoder row."""
+        return AtomRows(self.W_dec, latent, latent + 1)
 
     def latent_lengths(self) -> Float[Tensor, " num_latents"]:
         """Return the length of each decoder row."""

@@ -1,6 +1,7 @@
 """The one contract that every sparse layer fulfils."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Float, Int
@@ -30,6 +31,17 @@ class LinearMap(NamedTuple):
     """The map's matrix."""
     bias: Float[Tensor, " d_map"]
     """The map's offset."""
+
+
+class AtomRows(NamedTuple):
+    """Consecutive rows of a table that belong to one latent alone."""
+
+    table: nn.Parameter
+    """The table."""
+    start: int
+    """The first row."""
+    stop: int
+    """The row behind the last."""
 
 
 @runtime_checkable
@@ -91,11 +103,16 @@ class SparseLayer(nn.Module, ABC):
     shared_penalty: ClassVar[float | None] = None
     """What training charges for the variance that a shared expert carries, unless told otherwise; None for kinds
     without one."""
+    fixed_atoms: ClassVar[bool] = False
+    """Whether what a latent adds per unit of its value is the same for every input: a row of its own."""
     config: SparseLayerConfig
+    edit: Callable[[SparseCode], SparseCode] | None
+    """What becomes of every code before it is decoded (`mxd.edits.with_edits`); None for a layer as it was trained."""
 
     def __init__(self, *, selection: SelectionName = "topk") -> None:
         super().__init__()
         self.selection = make_selection(selection)
+        self.edit = None
 
     @property
     @abstractmethod
@@ -113,9 +130,11 @@ class SparseLayer(nn.Module, ABC):
     def encode(self, x: Float[Tensor, "*batch d_in"]) -> SparseCode:
         """Return the active latents of each input: the `k` largest scores, rectified and not renormalised.
 
-        Which are active is `selection`'s to say where the configuration names another one than top-k.
+        Which are active is `selection`'s to say where the configuration names another one than top-k. In an edited
+        layer the code is the edited one, which may be wider than `k` and hold negative values.
         """
-        return self.encode_at(x, self.config.k)
+        code = self.encode_at(x, self.config.k)
+        return code if self.edit is None else self.edit(code)
 
     def encode_at(self, x: Float[Tensor, "*batch d_in"], k: int) -> SparseCode:
         """Return the code of another number of active latents than the configuration's."""
@@ -180,6 +199,21 @@ class SparseLayer(nn.Module, ABC):
         It is the length of the latent's row, or the Frobenius norm of its map; 1 where a kind does not say.
         """
         return self.scorer.bias.new_ones(self.config.num_latents)
+
+    def atom_rows(self, latent: int) -> AtomRows | None:
+        """Return the rows to which this latent's atoms, and nothing else, are proportional; None without such."""
+        return None
+
+    def add_to_output_(self, vector: Float[Tensor, " d_out"]) -> None:
+        """Add a constant to the prediction for every input and code, by weights alone.
+
+        Raises:
+            ValueError: If the layer has no output bias, `b_dec`.
+        """
+        bias = getattr(self, "b_dec", None)
+        if not isinstance(bias, nn.Parameter):
+            raise ValueError(f"A constant is added to a prediction through its bias, b_dec; {self.kind} has none.")
+        bias += vector
 
     @abstractmethod
     def input_maps(self) -> tuple[LinearMap, ...]:

@@ -10,7 +10,7 @@ from mxd.kernels import mix
 from mxd.layers.initialization import normalize_rows_, uniform_by_column, zeros
 from mxd.layers.request import LayerRequest
 from mxd.layers.selection import SelectionName, SparseCode
-from mxd.layers.sparse_layer import LinearMap, SparseLayer, require_sizes
+from mxd.layers.sparse_layer import AtomRows, LinearMap, SparseLayer, require_sizes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,6 +72,7 @@ class TopKAutoencoder(SparseLayer):
     """
 
     kind = "topk-sae"
+    fixed_atoms = True
     reads = "output"
     config: TopKAutoencoderConfig
     W_enc: Float[nn.Parameter, "d_in num_latents"]
@@ -111,9 +112,18 @@ class TopKAutoencoder(SparseLayer):
         """Return the named decoder rows, the same for every input."""
         return self.W_dec[indices]
 
+    def add_to_output_(self, vector: Float[Tensor, " d_in"]) -> None:
+        """Add to the output bias, and to the encoder's what keeps the scores: the input has the former taken off."""
+        self.b_enc += vector @ self.W_enc
+        self.b_dec += vector
+
     def unit_length_tables(self) -> tuple[nn.Parameter, ...]:
         """Return the decoder where it is kept normalised."""
         return (self.W_dec,) if self.config.normalize_decoder else ()
+
+    def atom_rows(self, latent: int) -> AtomRows:
+        """Return the latent's decoder row."""
+        return AtomRows(self.W_dec, latent, latent + 1)
 
     def latent_lengths(self) -> Float[Tensor, " num_latents"]:
         """Return the length of each decoder row."""

@@ -10,7 +10,7 @@ from mxd.kernels import mix
 from mxd.layers.initialization import normalize_rows_, uniform, uniform_by_column, zeros
 from mxd.layers.request import LayerRequest
 from mxd.layers.selection import SelectionName, SparseCode
-from mxd.layers.sparse_layer import LinearMap, SparseLayer, require_sizes
+from mxd.layers.sparse_layer import AtomRows, LinearMap, SparseLayer, require_sizes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,6 +70,7 @@ class Transcoder(SparseLayer):
     """
 
     kind = "transcoder"
+    fixed_atoms = True
     config: TranscoderConfig
     W_enc: Float[nn.Parameter, "d_in num_latents"]
     b_enc: Float[nn.Parameter, " num_latents"]
@@ -108,6 +109,10 @@ class Transcoder(SparseLayer):
     def unit_length_tables(self) -> tuple[nn.Parameter, ...]:
         """Return the decoder where it is kept normalised."""
         return (self.W_dec,) if self.config.normalize_decoder else ()
+
+    def atom_rows(self, latent: int) -> AtomRows:
+        """Return the latent's decoder row."""
+        return AtomRows(self.W_dec, latent, latent + 1)
 
     def latent_lengths(self) -> Float[Tensor, " num_latents"]:
         """Return the length of each decoder row."""
