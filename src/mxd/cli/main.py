@@ -29,6 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     from mxd.cli.numbers import COUNTS
     from mxd.cli.pretrain import pretrain_from, show_pretraining_recipes
     from mxd.cli.steer import steer
+    from mxd.cli.probe import probe
     from mxd.cli.train import LIST, recipe_named, show_recipes, train_from
     from mxd.runs.snapshots import SnapshotError
     from mxd.training.train import TrainingFault, TrainingInterrupted
@@ -53,6 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
                 "steer": steer,
                 "edit": edit,
                 "explain": explain,
+                "train": train_from(recipe),
+                "evaluate": evaluate,
+                "frontier": frontier,
+                "probe": probe,
                 "demo": demo,
             },
             prog="mxd",

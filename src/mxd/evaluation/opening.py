@@ -59,6 +59,33 @@ def read_finished_run(run: Path) -> dict[str, Any]:
     return cast("dict[str, Any]", description)
 
 
+def load_run_model(run: Path, description: Mapping[str, Any], device: str | None = None) -> LanguageModel:
+    """Load the language model that a run was trained on.
+
+    Args:
+        run: The run's folder, for messages.
+        description: Its run.json.
+        device: Where to run; the run's own where None.
+
+    Raises:
+        ValueError: If the model's weights are others than those that the run was trained on.
+    """
+    config = description["config"]
+    dtype = "auto" if config["model_dtype"] == "auto" else getattr(torch, config["model_dtype"])
+    language_model = load_language_model(
+        config["model"],
+        revision=description["model"]["revision"],
+        dtype=dtype,
+        device=device or str(description["resources"]["device"]),
+    )
+    if description["model"]["fingerprint"] != fingerprint(cast("nn.Module", language_model.model)):
+        raise ValueError(
+            f"{run} must be evaluated with the model that it was trained on; the weights of {language_model.id} are "
+            "others. Restore that model, or train anew."
+        )
+    return language_model
+
+
 def open_run(
     run: Path, description: Mapping[str, Any], text: Sequence[str], tokens: int | None, device: str | None
 ) -> OpenedRun:
@@ -75,19 +102,8 @@ def open_run(
         ValueError: If the model is not the one that the run was trained on, or the text cannot be used.
     """
     config = description["config"]
-    dtype = "auto" if config["model_dtype"] == "auto" else getattr(torch, config["model_dtype"])
-    language_model = load_language_model(
-        config["model"],
-        revision=description["model"]["revision"],
-        dtype=dtype,
-        device=device or str(description["resources"]["device"]),
-    )
+    language_model = load_run_model(run, description, device)
     model = cast("nn.Module", language_model.model)
-    if description["model"]["fingerprint"] != fingerprint(model):
-        raise ValueError(
-            f"{run} must be evaluated with the model that it was trained on; the weights of {language_model.id} are "
-            "others. Restore that model, or train anew."
-        )
     held_out, name = _held_out(description, language_model.tokenizer, vocabulary(model), text, tokens)
     return OpenedRun(
         language_model=language_model,

@@ -1,12 +1,14 @@
 """Surgery on Hugging Face language models: find an MLP, read what flows through it, put something in its place."""
 
+from mxd.models.blocks import BlockActivations, block_activations
 from mxd.models.loading import LanguageModel, digest, fingerprint, load_language_model, load_tokenizer, require_device
-from mxd.models.sites import MLP_SITES, MlpSite, MlpSpec, find_mlp, num_layers
+from mxd.models.sites import MLP_SITES, MlpSite, MlpSpec, find_block, find_mlp, num_layers
 from mxd.models.surgery import MlpPair, Replacement, ablate_mlp, capture_mlp, mlp_pairs, replace_mlp
-from mxd.models.weights import apply_mlp, mlp_weights
+from mxd.models.weights import apply_mlp, hidden_units, mlp_weights
 
 __all__ = [
     "MLP_SITES",
+    "BlockActivations",
     "LanguageModel",
     "MlpPair",
     "MlpSite",
@@ -14,10 +16,13 @@ __all__ = [
     "Replacement",
     "ablate_mlp",
     "apply_mlp",
+    "block_activations",
     "capture_mlp",
     "digest",
+    "find_block",
     "find_mlp",
     "fingerprint",
+    "hidden_units",
     "load_language_model",
     "load_tokenizer",
     "mlp_pairs",

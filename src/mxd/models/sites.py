@@ -238,6 +238,23 @@ def find_mlp(model: nn.Module, layer: int, module_path: str | None = None) -> Ml
     )
 
 
+def find_block(model: nn.Module, layer: int, module_path: str | None = None) -> nn.Module:
+    """Return the block whose MLP `find_mlp` returns.
+
+    Args:
+        model: A Hugging Face language model.
+        layer: Index of the block, from 0.
+        module_path: Where the MLPs are, for a family that is not listed.
+
+    Raises:
+        ValueError: As `find_mlp`.
+    """
+    find_mlp(model, layer, module_path)
+    known = MLP_SITES.get(_model_type(model))
+    path = str(module_path) if module_path is not None or known is None else known.path
+    return _submodule(model, path.partition("{layer}")[0] + str(layer))
+
+
 class _Shape(NamedTuple):
     d_in: int
     d_hidden: int

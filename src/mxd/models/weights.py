@@ -55,13 +55,22 @@ def apply_mlp(
     Raises:
         ValueError: If there is no such activation.
     """
+    return hidden_units(weights, x, activation) @ weights.W_dec + weights.b_dec
+
+
+def hidden_units(
+    weights: MlpWeights, x: Float[Tensor, "*batch d_in"], activation: str | None
+) -> Float[Tensor, "*batch d_hidden"]:
+    """Return the hidden layer of an MLP with these weights: what its last linear map is applied to.
+
+    Raises:
+        ValueError: If there is no such activation.
+    """
     function = activation_function(str(activation))
     hidden = x @ weights.W_enc + weights.b_enc
     if weights.W_enc_gate is None or weights.b_enc_gate is None:
-        hidden = function(hidden)
-    else:
-        hidden = function(x @ weights.W_enc_gate + weights.b_enc_gate) * hidden
-    return hidden @ weights.W_dec + weights.b_dec
+        return function(hidden)
+    return function(x @ weights.W_enc_gate + weights.b_enc_gate) * hidden
 
 
 def _readings(site: MlpSite) -> Iterator[MlpWeights]:

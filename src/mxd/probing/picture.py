@@ -1,0 +1,140 @@
+"""Dot plots of how well single features tell concepts, kind against kind."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from mxd.atomic import write_bytes_atomically
+from mxd.evaluation.drawing import INK, MUTED, add_legend, figure, kind_style, png
+from mxd.probing.collecting import HIDDEN, RESIDUAL
+from mxd.probing.results import CHANCE, ProbeRow, Probing, SetResult
+from mxd.probing.tables import features_name
+from mxd.probing.token_codes import TOKEN_IDENTITY
+
+if TYPE_CHECKING:
+    import matplotlib.axes
+
+ROW_INCHES = 0.36
+SPREAD = 0.62
+"""Share of a row's height over which its dots are spread."""
+_BASELINES = {HIDDEN: "o", RESIDUAL: "s", TOKEN_IDENTITY: "x"}
+
+
+class _Line(NamedTuple):
+    label: str
+    rows: Sequence[ProbeRow]
+    is_mean: bool
+
+
+def draw_probing(probing: Probing, folder: Path) -> list[Path]:
+    """Draw the best single feature of each class and kind: one picture of texts, one of each set of documents.
+
+    Returns:
+        The files: `probing-texts.png` and `probing-<data>.png`.
+    """
+    drawn: list[Path] = []
+    if probing.texts:
+        what = f"{sum(result.parts[2] for result in probing.texts):,} test texts"
+        drawn.append(_draw(probing.texts, folder / "probing-texts.png", "Which latents tell what a text is", what))
+    for result in probing.tokens:
+        slug = re.sub(r"[^\w.-]+", "-", result.data).strip("-.") or "documents"
+        name = f"probing-{slug}.png" if slug != "texts" else "probing-texts-tokens.png"
+        title = "Which single latents name a concept"
+        drawn.append(_draw([result], folder / name, title, f"{result.data}, {result.parts[2]:,} test tokens"))
+    return drawn
+
+
+def _draw(results: Sequence[SetResult], path: Path, title: str, what: str) -> Path:
+    layers = sorted({row.layer for result in results for row in result.rows if row.layer is not None})
+    subtitle = f"F1 on the test part of the best single feature, 95 % intervals · {what}".rstrip(" ·")
+    lines = _lines(results)
+    with figure(
+        max(8.6, 4.6 * len(layers) + 1.6), ROW_INCHES * len(lines) + 0.6, title=title, subtitle=subtitle, legend=True
+    ) as drawing:
+        panels = drawing.subplots(1, len(layers), sharey=True, squeeze=False)[0]
+        for panel, layer in zip(panels, layers, strict=True):
+            _draw_panel(panel, lines, layer)
+            if len(layers) > 1:
+                panel.set_title(f"Layer {layer}")
+        add_legend(drawing, list(panels))
+        write_bytes_atomically(path, png(drawing))
+    return path
+
+
+def _lines(results: Sequence[SetResult]) -> list[_Line]:
+    """Return the rows of the picture, from the bottom: classes by how well they are told, and their mean on top."""
+    lines = [
+        _Line(concept if len(results) == 1 else f"{result.data}: {concept}", _single(result, concept), False)
+        for result in results
+        for concept in result.examples
+    ]
+    if len(results) == 1:
+        lines.sort(key=lambda line: max((row.quality.f1 for row in line.rows if row.features != CHANCE), default=0.0))
+    else:
+        lines.reverse()
+    return [*lines, _Line("mean", [row for line in lines for row in line.rows], True)]
+
+
+def _single(result: SetResult, concept: str) -> list[ProbeRow]:
+    return [row for row in result.rows if row.concept == concept and (row.k == 1 or row.features == CHANCE)]
+
+
+def _draw_panel(panel: "matplotlib.axes.Axes", lines: Sequence[_Line], layer: int) -> None:
+    names = list(dict.fromkeys(row.features for line in lines for row in line.rows if row.layer in (layer, None)))
+    kinds = {row.features: row.kind for line in lines for row in line.rows}
+    largest = {
+        kind: max(_k_of(name) for name in names if kinds[name] == kind) for kind in {kinds[name] for name in names}
+    }
+    shown = [name for name in names if name != CHANCE]
+    for place, name in enumerate(shown):
+        offset = SPREAD * (0.5 - place / max(len(shown) - 1, 1))
+        _draw_series(panel, lines, name, kinds[name], offset, filled=_k_of(name) == largest[kinds[name]])
+    for height, line in enumerate(lines):
+        found = [row.quality.f1 for row in line.rows if row.features == CHANCE]
+        if found:
+            x = sum(found) / len(found)
+            label = "always yes" if height == 0 else None
+            panel.plot([x, x], [height - 0.36, height + 0.36], color=MUTED, lw=1.2, label=label, solid_capstyle="butt")
+    panel.axhline(len(lines) - 1.5, color=INK, lw=0.7)
+    panel.set(xlim=(-0.02, 1.02), ylim=(-0.6, len(lines) - 0.4), xlabel="F1")
+    panel.set_yticks(range(len(lines)), [line.label for line in lines])
+    panel.tick_params(axis="y", length=0)
+    panel.grid(axis="both")
+
+
+def _draw_series(
+    panel: "matplotlib.axes.Axes", lines: Sequence[_Line], name: str, kind: str, offset: float, *, filled: bool
+) -> None:
+    is_baseline = kind in _BASELINES
+    style = kind_style(kind)
+    colour, marker = (MUTED, _BASELINES[kind]) if is_baseline else (style.colour, style.marker)
+    xs: list[float] = []
+    ys: list[float] = []
+    for height, line in enumerate(lines):
+        rows = [row for row in line.rows if row.features == name]
+        if not rows:
+            continue
+        # A class that no feature tells has no row, and counts as 0.
+        xs.append(sum(row.quality.f1 for row in rows) / (len(lines) - 1 if line.is_mean else 1))
+        ys.append(height + offset)
+        interval = None if line.is_mean else rows[0].quality.f1_interval
+        if interval is not None and not is_baseline:
+            panel.plot(interval, [height + offset] * 2, color=colour, lw=0.9, alpha=0.55, solid_capstyle="butt")
+    face = colour if filled and not is_baseline else "white"
+    panel.plot(
+        xs,
+        ys,
+        linestyle="none",
+        marker=marker,
+        markersize=4.7,
+        markerfacecolor=face,
+        markeredgecolor=colour,
+        label=features_name(name, kind, with_layer=False),
+        zorder=3,
+    )
+
+
+def _k_of(name: str) -> int:
+    found = re.search(r"-k(\d+)", name)
+    return int(found[1]) if found else 0

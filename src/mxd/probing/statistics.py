@@ -1,0 +1,104 @@
+"""How good a probe is, and how sure that is."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from scipy import sparse
+from sklearn.metrics import average_precision_score, roc_auc_score
+
+from mxd.evaluation.intervals import Interval, percentile_interval, resampled_sums
+
+
+class Verdict(NamedTuple):
+    """What a probe said of the test examples."""
+
+    positive: Bool[np.ndarray, " examples"]
+    """Which are of the class."""
+    predicted: Bool[np.ndarray, " examples"]
+    """Which it took for such."""
+    scores: Float[np.ndarray, " examples"]
+    """By what, higher for the class."""
+
+
+class Quality(NamedTuple):
+    """How good a probe is on the test part, with 95 % bootstrap intervals."""
+
+    f1: float
+    """Harmonic mean of precision and recall; 0 where nothing was found."""
+    f1_interval: Interval | None
+    """Over examples, or over documents where examples are tokens."""
+    balanced_accuracy: float
+    """Mean of the shares of positives and of negatives that were told right."""
+    balanced_accuracy_interval: Interval | None
+    """The same for it."""
+    precision: float
+    """Share of what was taken for the class that is of it; 0 where nothing was."""
+    recall: float
+    """Share of the class that was found."""
+    roc_auc: float
+    """Area under the receiver's curve of the scores."""
+    average_precision: float
+    """Area under the precision-recall curve of the scores."""
+
+
+def judge(verdicts: Sequence[Verdict], groups: Int[np.ndarray, " examples"] | None = None) -> list[Quality]:
+    """Return how good probes of the same test examples are.
+
+    All are scored on the same resamples: 1,000 draws, with replacement, of as many groups as there are.
+
+    Args:
+        verdicts: What each probe said.
+        groups: What is drawn together, such as the document of each token; each example by itself where None.
+    """
+    if not verdicts:
+        return []
+    table = np.stack([_cells(verdict) for verdict in verdicts], axis=1)
+    if groups is not None:
+        _, numbers = np.unique(groups, return_inverse=True)
+        members = sparse.csr_array((np.ones(len(groups)), (numbers, np.arange(len(groups)))))
+        table = (members @ table.reshape(len(table), -1)).reshape(-1, *table.shape[1:])
+    flat = torch.from_numpy(table.reshape(len(table), -1))
+    resampled = resampled_sums(flat).numpy().reshape(-1, len(verdicts), 4)
+    totals = table.sum(axis=0)
+    return [_quality(verdict, totals[number], resampled[:, number]) for number, verdict in enumerate(verdicts)]
+
+
+def _cells(verdict: Verdict) -> Float[np.ndarray, "examples 4"]:
+    """Return whether each example is a true positive, a false one, a false negative, a true one."""
+    yes, said = verdict.positive, verdict.predicted
+    return np.stack([yes & said, ~yes & said, yes & ~said, ~yes & ~said], axis=1).astype(np.float64)
+
+
+def _quality(verdict: Verdict, cells: Float[np.ndarray, " 4"], resampled: Float[np.ndarray, "resamples 4"]) -> Quality:
+    hits, wrong, missed, _ = cells.tolist()
+    both = 0 < verdict.positive.sum() < len(verdict.positive)
+    return Quality(
+        f1=float(_f1(cells[None])[0]),
+        f1_interval=_interval(_f1(resampled)),
+        balanced_accuracy=float(_balanced(cells[None])[0]),
+        balanced_accuracy_interval=_interval(_balanced(resampled)),
+        precision=hits / (hits + wrong) if hits + wrong else 0.0,
+        recall=hits / (hits + missed) if hits + missed else 0.0,
+        roc_auc=float(roc_auc_score(verdict.positive, verdict.scores)) if both else math.nan,
+        average_precision=float(average_precision_score(verdict.positive, verdict.scores)) if both else math.nan,
+    )
+
+
+def _f1(cells: Float[np.ndarray, "*some 4"]) -> Float[np.ndarray, "*some"]:
+    hits, wrong, missed = cells[..., 0], cells[..., 1], cells[..., 2]
+    return 2 * hits / np.maximum(2 * hits + wrong + missed, 1)
+
+
+def _balanced(cells: Float[np.ndarray, "*some 4"]) -> Float[np.ndarray, "*some"]:
+    hits, wrong, missed, right = (cells[..., place] for place in range(4))
+    # A resample without positives, or without negatives, says nothing of their share: NaN.
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return (hits / (hits + missed) + right / (right + wrong)) / 2
+
+
+def _interval(values: Float[np.ndarray, " resamples"]) -> Interval | None:
+    return percentile_interval(torch.from_numpy(np.ascontiguousarray(values)))

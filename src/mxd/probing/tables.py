@@ -1,0 +1,130 @@
+"""What probing found, as tables for a terminal."""
+
+from collections.abc import Sequence
+
+from rich.table import Table
+from rich.text import Text
+
+from mxd.evaluation.drawing import group_name, split_student
+from mxd.probing.results import CHANCE, KS, NamedLatent, ProbeRow, Probing, SetResult
+
+MOST_STUDENTS = 6
+"""Students that have a column of their own in the table of concepts: a terminal has room for no more."""
+
+
+def features_name(features: str, kind: str, *, with_layer: bool) -> str:
+    """Return what features are called in tables and pictures, such as `MxD K 32` or `Layer 3 MxD K 32`."""
+    layer, _, name = features.rpartition("/")
+    group, k = split_student(name)
+    shown = group_name(group, kind) + (f" K {k}" if k is not None else "")
+    return f"Layer {layer} {shown}" if with_layer and layer else shown
+
+
+def series(result: SetResult) -> list[str]:
+    """Return the features of a result, students first, chance last, in the order of the rows."""
+    return list(dict.fromkeys(row.features for row in result.rows))
+
+
+def several_layers(result: SetResult) -> bool:
+    """Whether a result is of more than one layer."""
+    return len({row.layer for row in result.rows if row.layer is not None}) > 1
+
+
+def mean_table(result: SetResult) -> Table:
+    """Return the mean F1 over a set's classes, for each number of features that a probe sees."""
+    parts = " / ".join(f"{count:,}" for count in result.parts)
+    table = Table(
+        title=Text(f"{result.data}: mean F1 of {len(result.examples)} classes on the test part"),
+        title_justify="left",
+        caption=Text(f"{parts} examples for training, validation and test"),
+        caption_justify="left",
+        box=None,
+        pad_edge=False,
+        header_style="dim",
+    )
+    table.add_column("Features", no_wrap=True)
+    columns = [*KS, None]
+    for k in columns:
+        table.add_column("all" if k is None else f"best {k}", justify="right", no_wrap=True)
+    best = {
+        k: max(
+            (found for name in series(result) if name != CHANCE and (found := result.mean_f1(name, k))), default=None
+        )
+        for k in columns
+    }
+    kinds = {row.features: row.kind for row in result.rows}
+    for name in series(result):
+        cells: list[Text] = []
+        for k in columns:
+            found = result.mean_f1(name, k)
+            is_best = found is not None and found == best[k] and name != CHANCE and k is not None
+            cells.append(Text("–" if found is None else f"{found:.3f}", style="bold green" if is_best else ""))
+        table.add_row(Text(features_name(name, kinds[name], with_layer=several_layers(result))), *cells)
+    return table
+
+
+def concept_table(result: SetResult) -> Table:
+    """Return, for each class, the F1 of the best single feature, for the first few students and the dense layer."""
+    table = Table(
+        title=Text(f"{result.data}: F1 of the best single feature"),
+        title_justify="left",
+        box=None,
+        pad_edge=False,
+        header_style="dim",
+    )
+    names = [name for name in series(result) if name != CHANCE][: MOST_STUDENTS + 3]
+    kinds = {row.features: row.kind for row in result.rows}
+    table.add_column("Class", no_wrap=True, overflow="ellipsis", max_width=22)
+    for name in names:
+        table.add_column(features_name(name, kinds[name], with_layer=several_layers(result)), justify="right")
+    table.add_column(CHANCE, justify="right")
+    for concept in result.examples:
+        found = {row.features: row for row in result.rows if row.concept == concept and row.k == 1}
+        chance = next(row for row in result.rows if row.concept == concept and row.features == CHANCE)
+        most = max((row.quality.f1 for row in found.values()), default=0.0)
+        cells = [_cell(found.get(name), most) for name in names]
+        table.add_row(Text(concept), *cells, Text(f"{chance.quality.f1:.2f}", style="dim"))
+    return table
+
+
+def _cell(row: ProbeRow | None, most: float) -> Text:
+    if row is None:
+        return Text("–")
+    return Text(f"{row.quality.f1:.2f}", style="bold green" if row.quality.f1 == most > 0 else "")
+
+
+def named_table(probing: Probing, count: int = 3) -> Table:
+    """Return, of each student, the latents that name different concepts best by the validation part."""
+    table = Table(
+        title=Text("Latents that name a concept, chosen by validation"),
+        title_justify="left",
+        box=None,
+        pad_edge=False,
+        header_style="dim",
+    )
+    table.add_column("Student", no_wrap=True)
+    for heading in ("latent", "concept", "F1", "precision", "recall", "fires on"):
+        table.add_column(heading, justify="left" if heading == "concept" else "right", no_wrap=True)
+    for student, latents in probing.named.items():
+        best: dict[tuple[str, str], NamedLatent] = {}
+        for latent in sorted(latents, key=lambda latent: -latent.skill_validation):
+            best.setdefault((latent.data, latent.concept), latent)
+        for latent in list(best.values())[:count]:
+            scores = (f"{score:.2f}" for score in (latent.f1, latent.precision, latent.recall))
+            rate = f"{100 * latent.firing_rate:.2g}%"
+            table.add_row(Text(student), str(latent.latent), Text(latent.concept), *scores, rate)
+    return table
+
+
+def remarks(results: Sequence[SetResult]) -> list[str]:
+    """Return what was left out, in a sentence each."""
+    said: list[str] = []
+    for result in results:
+        if result.skipped:
+            named = ", ".join(f"{skip.label} ({skip.found})" for skip in result.skipped)
+            said.append(
+                f"{result.data}: {len(result.skipped)} classes have too few examples and were skipped "
+                f"({max(skip.needed for skip in result.skipped)} are needed, enough of them in each part): {named}."
+            )
+        said += [f"{result.data}: {count:,} left out: {why}." for why, count in result.left_out.items() if count]
+    return said

@@ -1,0 +1,257 @@
+"""Token level: which latent names a concept, and how well a few of them tell it.
+
+A single latent says yes where it fires above a threshold. Its threshold is chosen on the training part; which latent
+names a concept (and which concept a latent names) by F1 on the validation part; and how well it does so is measured on
+the test part, whose documents were never looked at before.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from mxd.evaluation.drawing import kind_of
+from mxd.probing.collecting import Probed, Report, say_nothing
+from mxd.probing.dense_units import best_units
+from mxd.probing.examples import LEAST_IN_PART, Parts, Skipped, SpanSet
+from mxd.probing.fitting import Scale, fit_probe
+from mxd.probing.results import KEPT_LATENTS, KS, NamedLatent, ProbeRow, SetResult, chance_row
+from mxd.probing.statistics import Verdict, judge
+from mxd.probing.thresholds import SortedEntries, average_precisions, best_thresholds, count
+from mxd.probing.token_codes import (
+    TOKEN_IDENTITY,
+    DenseTokens,
+    LabelledTokens,
+    TokenCodes,
+    collect_tokens,
+)
+
+LEAST_FIRINGS = 10
+"""Training tokens on which a latent must fire to name anything."""
+LEAST_SKILL = 0.05
+"""Skill on the validation part below which a latent names nothing: it does little better than always to say yes."""
+MOST_FITTED = 8_192
+"""Training tokens that a logistic regression is fitted on: all of a concept, at most half of them, and others."""
+SEED = 42
+
+
+class TokenResult(NamedTuple):
+    """What was found on one set of documents."""
+
+    result: SetResult
+    """How well concepts are told."""
+    named: Mapping[str, list[NamedLatent]]
+    """For each student, its latents that name a concept, in the order of their numbers."""
+
+
+class _Choice(NamedTuple):
+    """A probe of one concept, ready to be judged."""
+
+    features: str
+    k: int | None
+    latents: Sequence[int]
+    tokens: Int[np.ndarray, " test"]
+    verdict: Verdict
+
+
+class _Named(NamedTuple):
+    """How well every latent tells every concept on the validation part."""
+
+    thresholds: Float[np.ndarray, "concepts num_latents"]
+    f1: Float[np.ndarray, "concepts num_latents"]
+
+
+def probe_tokens(probed: Probed, data: SpanSet, num_tokens: int, report: Report = say_nothing) -> TokenResult:
+    """Find the latents that name the concepts of labelled documents, and how well they and dense layers tell them.
+
+    Args:
+        probed: The model and the layers.
+        data: The documents.
+        num_tokens: Tokens at most.
+        report: Is told how far it is.
+
+    Raises:
+        ValueError: If there are too few documents, or no concept has enough tokens.
+    """
+    tokens = collect_tokens(probed, data, num_tokens, report)
+    in_parts = np.stack([tokens.labels[part].sum(axis=0) for part in tokens.parts])
+    sizes = np.array([[len(part)] for part in tokens.parts])
+    enough = np.all((in_parts >= LEAST_IN_PART) & (sizes - in_parts >= LEAST_IN_PART), axis=0)
+    if not enough.any():
+        raise ValueError(
+            f"A concept to probe for must have {LEAST_IN_PART} tokens in each of the parts for training, validation "
+            f"and test; of {data.name} none has. Give more documents, or ask for more --tokens."
+        )
+    numbers = np.flatnonzero(enough)
+    found: dict[int, list[ProbeRow]] = {int(number): [] for number in numbers}
+    named: dict[str, list[NamedLatent]] = {}
+    total = len(tokens.codes) + len(tokens.dense)
+    for place, codes in enumerate(tokens.codes):
+        worth = _worth(codes, tokens, numbers)
+        for row, number in enumerate(numbers):
+            found[int(number)] += _judged(
+                tokens, int(number), list(_choose_among_latents(codes, tokens, int(number), worth, row))
+            )
+        if codes.name != TOKEN_IDENTITY:
+            named[codes.name] = _named_latents(codes, tokens, numbers, worth, data.name)
+        report(f"Probing {data.name}", place + 1, total)
+    for place, dense in enumerate(tokens.dense):
+        for number, choice in zip(numbers, _choose_among_units(dense, tokens, numbers), strict=True):
+            found[int(number)] += _judged(tokens, int(number), choice)
+        report(f"Probing {data.name}", len(tokens.codes) + place + 1, total)
+    rows = [row for number in numbers for row in (*found[int(number)], _chance(tokens, int(number)))]
+    counts = tokens.labels.sum(axis=0)
+    result = SetResult(
+        data=data.name,
+        examples={tokens.concepts[number]: int(counts[number]) for number in numbers},
+        total=len(tokens.labels),
+        parts=[len(part) for part in tokens.parts],
+        skipped=[
+            Skipped(concept, int(counts[number]), LEAST_IN_PART * len(tokens.parts))
+            for number, concept in enumerate(tokens.concepts)
+            if number not in numbers
+        ],
+        left_out={"duplicates": tokens.duplicates, "documents that could not be labelled": tokens.unlabelled},
+        rows=rows,
+        documents=int(tokens.documents[-1]) + 1,
+    )
+    return TokenResult(result, named)
+
+
+def _worth(codes: TokenCodes, tokens: LabelledTokens, numbers: Int[np.ndarray, " probed"]) -> _Named:
+    train, validation = codes.entries(tokens.parts.train), codes.entries(tokens.parts.validation)
+    fires = np.bincount(train.latents, minlength=train.num_latents) >= LEAST_FIRINGS
+    labels = tokens.labels[tokens.parts.validation]
+    thresholds = np.empty((len(numbers), train.num_latents), dtype=np.float32)
+    f1 = np.zeros_like(thresholds)
+    for row, number in enumerate(numbers):
+        best = best_thresholds(train, tokens.labels[tokens.parts.train, number])
+        thresholds[row] = best.values
+        concept = np.full(train.num_latents, number)
+        f1[row] = np.where(fires, count(validation, labels, concept, thresholds[row]).f1, 0)
+    return _Named(thresholds, f1)
+
+
+def _choose_among_latents(
+    codes: TokenCodes, tokens: LabelledTokens, number: int, worth: _Named, row: int
+) -> Iterator[_Choice]:
+    order = np.argsort(-worth.f1[row], kind="stable")[: max(KS)]
+    ranked = order[worth.f1[row][order] > 0]
+    if not len(ranked):
+        return
+    test = tokens.parts.test
+    scores = np.asarray(codes.values[:, [ranked[0]]].toarray()).ravel()[test]
+    threshold = worth.thresholds[row, ranked[0]]
+    verdict = Verdict(tokens.labels[test, number], scores >= threshold, scores)
+    yield _Choice(codes.name, 1, [int(ranked[0])], test, verdict)
+    columns = np.asarray(codes.values[:, ranked].toarray(), dtype=np.float64)
+    for k in KS[1:]:
+        verdict = _regress(columns[:, :k], tokens.parts, tokens.labels[:, number])
+        yield _Choice(codes.name, k, ranked[:k].tolist(), test, verdict)
+
+
+def _choose_among_units(
+    dense: DenseTokens, tokens: LabelledTokens, numbers: Int[np.ndarray, " probed"]
+) -> Iterator[list[_Choice]]:
+    # The kept tokens are numbered anew, in each part.
+    parts = Parts(*(np.flatnonzero(np.isin(dense.tokens, part, assume_unique=True)) for part in tokens.parts))
+    labels = tokens.labels[dense.tokens][:, numbers]
+    test = dense.tokens[parts.test]
+    for column, unit in enumerate(best_units(dense.values, labels, parts)):
+        positive = labels[:, column]
+        scores = unit.sign * dense.values[parts.test, unit.number]
+        verdict = Verdict(positive[parts.test], scores >= unit.threshold, scores)
+        yield [
+            _Choice(dense.name, 1, [unit.number], test, verdict),
+            _Choice(dense.name, None, [], test, _regress(dense.values, parts, positive)),
+        ]
+
+
+def _regress(
+    columns: Float[np.ndarray, "tokens width"],
+    parts: Parts,
+    positive: Bool[np.ndarray, " tokens"],
+) -> Verdict:
+    """Return what a balanced logistic regression says, with a threshold that is best for F1 on the validation part.
+
+    Its own threshold makes both errors equally dear, which for a rare concept drowns what is found in false alarms.
+    """
+    train, validation, test = parts
+    sample = _sample(train, positive[train])
+    scale = Scale(columns[sample])
+    probe = fit_probe(scale(columns[sample]), positive[sample])
+    scores = probe.decision_function(scale(columns[validation]))
+    # A single latent that fires everywhere, as thresholds are for values above 0.
+    lowest = scores.min() - 1
+    everywhere = SortedEntries.of(
+        np.zeros(len(scores), dtype=np.int64), scores - lowest, np.arange(len(scores)), len(scores), 1
+    )
+    threshold = best_thresholds(everywhere, positive[validation]).values[0] + lowest
+    scores = probe.decision_function(scale(columns[test]))
+    return Verdict(positive[test], scores >= threshold, scores)
+
+
+def _sample(train: Int[np.ndarray, " part"], positive: Bool[np.ndarray, " part"]) -> Int[np.ndarray, " sample"]:
+    random = np.random.default_rng(SEED)
+    some = random.permutation(train[positive])[: MOST_FITTED // 2]
+    others = random.permutation(train[~positive])[: MOST_FITTED - len(some)]
+    return np.sort(np.concatenate([some, others]))
+
+
+def _named_latents(
+    codes: TokenCodes, tokens: LabelledTokens, numbers: Int[np.ndarray, " probed"], worth: _Named, data: str
+) -> list[NamedLatent]:
+    # A frequent concept is told well by saying yes to everything, which names nothing.
+    shares = tokens.labels[tokens.parts.validation][:, numbers].mean(axis=0)
+    always = 2 * shares / (1 + shares)
+    skills = (worth.f1 - always[:, None]) / (1 - always[:, None])
+    rows = skills.argmax(axis=0)
+    places = np.arange(skills.shape[1])
+    skill, validated, thresholds = skills[rows, places], worth.f1[rows, places], worth.thresholds[rows, places]
+    test = codes.entries(tokens.parts.test)
+    labels = tokens.labels[tokens.parts.test]
+    counts = count(test, labels, numbers[rows], thresholds)
+    precisions = average_precisions(test, labels, numbers[rows])
+    rates = np.bincount(codes.values.indices, minlength=codes.num_latents) / len(tokens.labels)
+    return [
+        NamedLatent(
+            latent=int(latent),
+            data=data,
+            concept=tokens.concepts[numbers[rows[latent]]],
+            threshold=float(thresholds[latent]),
+            f1_validation=float(validated[latent]),
+            skill_validation=float(skill[latent]),
+            f1=float(counts.f1[latent]),
+            precision=float(counts.hits[latent] / max(counts.said[latent], 1)),
+            recall=float(counts.hits[latent] / max(counts.positives[latent], 1)),
+            average_precision=float(precisions[latent]),
+            firing_rate=float(rates[latent]),
+        )
+        for latent in np.flatnonzero(skill >= LEAST_SKILL)
+    ]
+
+
+def _judged(tokens: LabelledTokens, number: int, choices: Sequence[_Choice]) -> list[ProbeRow]:
+    """Return how good probes of one concept by the same features are; all calls draw the same documents."""
+    if not choices:
+        return []
+    layer, _, name = choices[0].features.rpartition("/")
+    documents = tokens.documents[choices[0].tokens]
+    return [
+        ProbeRow(
+            concept=tokens.concepts[number],
+            features=choice.features,
+            layer=int(layer) if layer else None,
+            kind=kind_of(name),
+            k=choice.k,
+            latents=list(choice.latents)[:KEPT_LATENTS],
+            quality=quality,
+        )
+        for choice, quality in zip(choices, judge([choice.verdict for choice in choices], documents), strict=True)
+    ]
+
+
+def _chance(tokens: LabelledTokens, number: int) -> ProbeRow:
+    test = tokens.parts.test
+    return chance_row(tokens.labels[test, number], tokens.concepts[number], tokens.documents[test])
