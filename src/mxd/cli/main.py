@@ -25,6 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     from mxd.cli.edit import edit
     from mxd.cli.evaluate import evaluate
     from mxd.cli.explain import explain
+    from mxd.cli.explore import explore
     from mxd.cli.frontier import frontier
     from mxd.cli.numbers import COUNTS
     from mxd.cli.pretrain import pretrain_from, show_pretraining_recipes
@@ -60,6 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
                 "probe": probe,
                 "demo": demo,
             },
+            {"train": train_from(recipe), "evaluate": evaluate, "frontier": frontier, "explore": explore, "demo": demo},
             prog="mxd",
             description="Decompose the MLP layers of language models into sparse layers that can replace them.",
             args=given or ["--help"],

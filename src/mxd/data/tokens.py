@@ -1,7 +1,7 @@
 """From documents to contexts of token ids: packing, the two kinds of stream, and what is held out."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Int, Integer
 from torch import Tensor
 
+from mxd.data.documents import Document
 from mxd.data.text import LocalText, TextSource
 from mxd.data.tokenization import Tokenizer, bos_token, cached_training_tokens, encoded_documents, eos_token, pad_token
 
@@ -284,6 +285,24 @@ def held_out_contexts(
     Raises:
         ValueError: If the held-out documents, or `num_tokens`, do not fill one context.
     """
+    documents, name = source.documents(held_out=True), f"The held-out documents of {source.name}"
+    return packed_contexts(documents, name, tokenizer, context=context, num_tokens=num_tokens, vocab_size=vocab_size)
+
+
+def packed_contexts(
+    source: Iterable[Document],
+    name: str,
+    tokenizer: Tokenizer | None,
+    *,
+    context: int,
+    num_tokens: int,
+    vocab_size: int,
+) -> HeldOut:
+    """Return at most `num_tokens` tokens of these documents as `held_out_contexts` does; `name` is for messages.
+
+    Raises:
+        ValueError: If the documents, or `num_tokens`, do not fill one context.
+    """
     if not 2 <= context <= num_tokens:
         raise ValueError(
             f"Held-out tokens must fill one context of at least 2 tokens; got {num_tokens} tokens and a context of "
@@ -294,14 +313,14 @@ def held_out_contexts(
     wanted = num_tokens // context * body
     parts: list[Integer[np.ndarray, " length"]] = []
     length = 0
-    for encoded in encoded_documents(source.documents(held_out=True), tokenizer, vocab_size):
+    for encoded in encoded_documents(source, tokenizer, vocab_size):
         parts.append(encoded.ids)
         length += len(encoded.ids)
         if length >= wanted:
             break
     if length < body:
         raise ValueError(
-            f"The held-out documents of {source.name} must fill one context of {context} tokens; they hold {length}. "
+            f"{name} must fill one context of {context} tokens; they hold {length}. "
             "Give more text, or choose a shorter --context."
         )
     kept = min(wanted, length // body * body)

@@ -52,6 +52,17 @@ def _best_of_each_context(entries: _Entries) -> _Entries:
     return entries.at(begins)
 
 
+class TopTable(NamedTuple):
+    """The strongest activations of all latents, at most one a context, the strongest first."""
+
+    values: Float[Tensor, "num_latents kept"]
+    """The latent's values; 0 where a place is not taken."""
+    contexts: Int[Tensor, "num_latents kept"]
+    """Numbers of the contexts."""
+    positions: Int[Tensor, "num_latents kept"]
+    """Positions in them."""
+
+
 class LatentStatistics:
     """How often and how strongly each latent fires, and the contexts that excite it most.
 
@@ -148,6 +159,11 @@ class LatentStatistics:
     def l0(self) -> float:
         """Mean number of latents that fire on a token."""
         return self.firings.sum().item() / max(self.num_tokens, 1)
+
+    @property
+    def top(self) -> TopTable:
+        """The table behind `top_contexts`, which the next update changes."""
+        return TopTable(self._top_values, self._top_contexts, self._top_positions)
 
     @property
     def num_contexts(self) -> Int[Tensor, " num_latents"]:

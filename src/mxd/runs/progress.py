@@ -134,7 +134,10 @@ class TrainingProgress:
         told = self._columns[1]
         students = [f"{student} {told} {_number(self._value(student, told))}" for student in shown]
         more = self._more(shown)
-        parts = [self._description, *self._facts(), ", ".join(students) + (f" {more}" if more else "")]
+        # What is read without a target has no fvu at all.
+        has_fvu = any(self._value(student, "fvu") is not None for student in shown)
+        named = [", ".join(students) + (f" {more}" if more else "")] if has_fvu else []
+        parts = [self._description, *self._facts(), *named]
         self._console.print(Text("  ".join(parts)), soft_wrap=True)
 
     def _frame(self) -> Group:

@@ -1,0 +1,291 @@
+"""The run's model, for what the pages compute while one looks at them: experts on a text, and steered continuations."""
+
+import queue
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from mxd.atomic import JSON
+from mxd.data.tokenization import bos_token, eos_token
+from mxd.data.tokens import special_tokens
+from mxd.edits import CodeEditor, Edit
+from mxd.evaluation.faithfulness import Variant
+from mxd.evaluation.opening import load_run_model, read_finished_run
+from mxd.evaluation.students import TrainedStudent, load_students
+from mxd.layers import SparseLayer
+from mxd.models import LanguageModel, mlp_pairs
+from mxd.steering import steer
+
+MOST_NEW_TOKENS = 256
+_ROWS_AT_ONCE = 64
+"""Tokens whose atoms are in memory at a time."""
+
+
+class Part(NamedTuple):
+    """What one expert adds to the output on one token."""
+
+    latent: int
+    """The expert."""
+    value: float
+    """Its value."""
+    share: float
+    """Share of the output that it accounts for."""
+
+
+class SteeringRequest(NamedTuple):
+    """What to write, and how to steer it."""
+
+    student: str
+    """Which layer stands in for its MLP, as `<layer>/<id>`."""
+    prompt: str
+    """What the model writes on."""
+    edits: Sequence[Edit]
+    """What happens to the code."""
+    beside: Literal["original", "replaced"]
+    """What the steered model is compared with: the original model, or the replaced one without edits."""
+    new_tokens: int
+    """Tokens to write."""
+    temperature: float
+    """0 takes the likeliest token each time."""
+    seed: int
+    """Of the sampling, the same for both."""
+
+
+@torch.no_grad()
+def shares(layer: SparseLayer, x: Float[Tensor, "tokens d_in"]) -> tuple[list[list[Part]], list[float]]:
+    r"""Return for each token what each active expert accounts for of the layer's output, and what the base does.
+
+    The output is affine in the code, so it is a sum, $y = \mathrm{base} + \sum_j v_j a_j$, and each term has a share:
+
+    $$\frac{\langle \mathrm{base}, y\rangle}{\|y\|^2} + \sum_j \frac{\langle v_j a_j, y\rangle}{\|y\|^2} = 1$$
+
+    A share is negative where a term points away from the sum.
+
+    Returns:
+        The experts of each token, the largest share first, and the share of the base of each token.
+    """
+    code = layer.encode(x)
+    parts: list[list[Part]] = []
+    bases: list[float] = []
+    for rows, values, indices in zip(*(column.split(_ROWS_AT_ONCE) for column in (x, *code)), strict=True):
+        terms = values[..., None] * layer.atoms(rows, indices)
+        base = layer.base(rows)
+        y = (base + terms.sum(1)).double()
+        energy = y.square().sum(-1).clamp_min(torch.finfo(torch.float64).tiny)
+        each = (terms.double() * y[:, None]).sum(-1) / energy[:, None]
+        bases += ((base.double() * y).sum(-1) / energy).tolist()
+        for row in zip(indices.tolist(), values.tolist(), each.tolist(), strict=True):
+            active = [Part(*part) for part in zip(*row, strict=True) if part[1] != 0]
+            parts.append(sorted(active, key=lambda part: -part.share))
+    return parts, bases
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Loaded:
+    language_model: LanguageModel
+    students: Mapping[str, TrainedStudent]
+    module_path: str | None
+    passthrough: bool
+
+
+class LiveModel:
+    """A run's model, loaded when it is first needed, for one request at a time.
+
+    Args:
+        run: The run's folder.
+        students: Which of its students to load, as `<layer>/<id>`.
+        device: Where to run; where the run was trained if None.
+    """
+
+    def __init__(self, run: Path, students: Sequence[str], device: str | None = None) -> None:
+        self._run, self._students, self._device = run, tuple(students), device
+        self._loaded: _Loaded | None = None
+        self._lock = threading.Lock()
+
+    def attribute(self, student: str, text: str) -> dict[str, JSON]:
+        """Return token by token which experts fire on a text and how much of the output each accounts for.
+
+        Raises:
+            ValueError: If the text is empty or longer than the model's context, or there is no such student.
+        """
+        with self._lock:
+            loaded = self._load()
+            ids = self._encode(loaded, text)
+            chosen = _chosen(loaded, student)
+            layer = chosen.candidate.layer
+            model = cast("nn.Module", loaded.language_model.model)
+            contexts = torch.tensor([ids], device=next(model.parameters()).device)
+            pair = mlp_pairs(model, contexts, [layer], module_path=loaded.module_path)[layer]
+            network = chosen.candidate.network
+            x = pair.target if network.reads == "output" else pair.x
+            parts, bases = shares(network, x[0].to(network.scorer.weight))
+        tokenizer = loaded.language_model.tokenizer
+        special = special_tokens(tokenizer)
+        return {
+            "student": student,
+            "tokens": [
+                {
+                    "text": str(tokenizer.decode([token])),
+                    "special": token in special,
+                    "base": round(base, 4),
+                    "experts": [[part.latent, round(part.value, 4), round(part.share, 4)] for part in row],
+                }
+                for token, base, row in zip(ids, bases, parts, strict=True)
+            ],
+        }
+
+    def continuations(self, request: SteeringRequest, stop: threading.Event) -> Iterator[dict[str, JSON]]:
+        """Return the pieces of the two continuations as they are written, the one beside first.
+
+        Args:
+            request: What to write.
+            stop: Ends the writing when it is set; set it too when nobody reads on.
+
+        Raises:
+            ValueError: As `attribute`; if an edit does not fit the layer. It is raised before anything is written.
+        """
+        with self._lock:
+            loaded = self._load()
+            ids = self._encode(loaded, request.prompt, request.new_tokens)
+            chosen = _chosen(loaded, request.student)
+            CodeEditor(request.edits, chosen.candidate.network.config.num_latents)
+            beside: Variant = nullcontext if request.beside == "original" else self._steered(loaded, chosen, ())
+            sides: dict[str, Variant] = {"beside": beside, "steered": self._steered(loaded, chosen, request.edits)}
+        written: queue.SimpleQueue[dict[str, JSON] | None] = queue.SimpleQueue()
+        # A thread of its own, so that the lock is given back whatever becomes of the reader.
+        worker = threading.Thread(target=self._write, args=(loaded, ids, sides, request, stop, written), daemon=True)
+        worker.start()
+        return iter(written.get, None)
+
+    def _write(
+        self,
+        loaded: _Loaded,
+        ids: list[int],
+        sides: Mapping[str, Variant],
+        request: SteeringRequest,
+        stop: threading.Event,
+        written: "queue.SimpleQueue[dict[str, JSON] | None]",
+    ) -> None:
+        try:
+            with self._lock:
+                for side, variant in sides.items():
+                    written.put({"side": side, "begins": True})
+                    with variant():
+                        _generate(loaded.language_model, ids, request, _Pieces(loaded, side, stop, written))
+                    written.put({"side": side, "ends": True})
+        except _StoppedError:
+            pass
+        except (RuntimeError, ValueError) as error:
+            written.put({"error": " ".join(str(error).split())})
+        finally:
+            written.put(None)
+
+    def _steered(self, loaded: _Loaded, chosen: TrainedStudent, edits: Sequence[Edit]) -> "Variant":
+        model, candidate = cast("nn.Module", loaded.language_model.model), chosen.candidate
+        kept = special_tokens(loaded.language_model.tokenizer) if loaded.passthrough else ()
+        return lambda: steer(
+            model,
+            {candidate.layer: candidate.network},
+            {candidate.layer: list(edits)},
+            passthrough=kept,
+            module_path=loaded.module_path,
+        )
+
+    def _load(self) -> _Loaded:
+        if self._loaded is None:
+            description = read_finished_run(self._run)
+            language_model = load_run_model(self._run, description, self._device)
+            device = next(cast("nn.Module", language_model.model).parameters()).device
+            students = load_students(self._run, description["students"], self._students)
+            for student in students:
+                student.candidate.network.to(device)
+            self._loaded = _Loaded(
+                language_model=language_model,
+                students={student.candidate.name: student for student in students},
+                module_path=description["config"]["module"],
+                passthrough=description["config"]["special_positions"] == "passthrough",
+            )
+        return self._loaded
+
+    def _encode(self, loaded: _Loaded, text: str, new_tokens: int = 0) -> list[int]:
+        tokenizer = loaded.language_model.tokenizer
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        if not ids:
+            raise ValueError("The text must have at least one token; it has none. Type something.")
+        bos = bos_token(tokenizer)
+        ids = ids if bos is None else [bos, *ids]
+        longest = getattr(loaded.language_model.model.config, "max_position_embeddings", None)
+        if isinstance(longest, int) and len(ids) + new_tokens > longest:
+            more = f" and {new_tokens} to be written" if new_tokens else ""
+            raise ValueError(
+                f"The text must fit the model's context of {longest} tokens; it has {len(ids)}{more}. Shorten it."
+            )
+        return ids
+
+
+class _StoppedError(Exception):
+    """Ends a generation that nobody waits for."""
+
+
+class _Pieces:
+    """Takes tokens from `generate` and passes on the text that they add, whole characters only."""
+
+    def __init__(
+        self, loaded: _Loaded, side: str, stop: threading.Event, written: "queue.SimpleQueue[dict[str, JSON] | None]"
+    ) -> None:
+        self._tokenizer, self._side, self._stop, self._written = loaded.language_model.tokenizer, side, stop, written
+        self._ids: list[int] = []
+        self._shown = 0
+        self._prompt_is_past = False
+
+    def put(self, value: Tensor) -> None:
+        """Take tokens; the first ones are the prompt."""
+        if self._stop.is_set():
+            raise _StoppedError
+        if not self._prompt_is_past:
+            self._prompt_is_past = True
+            return
+        self._ids += value.flatten().tolist()
+        self._pass_on(whole=False)
+
+    def end(self) -> None:
+        """Pass on what is left."""
+        self._pass_on(whole=True)
+
+    def _pass_on(self, *, whole: bool) -> None:
+        text = str(self._tokenizer.decode(self._ids))
+        # A character whose bytes are not all there yet decodes to the replacement character.
+        if len(text) > self._shown and (whole or not text.endswith("\ufffd")):
+            self._written.put({"side": self._side, "text": text[self._shown :]})
+            self._shown = len(text)
+
+
+def _generate(language_model: LanguageModel, ids: list[int], request: SteeringRequest, pieces: _Pieces) -> None:
+    model = cast("Any", language_model.model)
+    prompt = torch.tensor([ids], device=next(model.parameters()).device)
+    sampling: dict[str, Any] = {"do_sample": False}
+    if request.temperature > 0:
+        sampling = {"do_sample": True, "temperature": request.temperature, "top_k": 0, "top_p": 1.0}
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(request.seed)
+        model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=request.new_tokens,
+            pad_token_id=eos_token(language_model.tokenizer),
+            streamer=pieces,
+            **sampling,
+        )
+
+
+def _chosen(loaded: _Loaded, student: str) -> TrainedStudent:
+    if student not in loaded.students:
+        raise ValueError(f"The run has no student {student}; its students are {', '.join(loaded.students)}.")
+    return loaded.students[student]

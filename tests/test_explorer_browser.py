@@ -1,0 +1,256 @@
+"""The pages in a real browser, from a server and from disk."""
+
+import importlib.util
+import json
+import os
+import shutil
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from mxd.explorer.database import Label, write_label
+from mxd.explorer.export import export
+from tests.exploring import STUDENTS, Served, explored, library_of, served
+from tests.tiny_run import copied
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, ConsoleMessage, Page
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+ARGUMENTS = (
+    *("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"),
+    *("--disable-sync", "--no-first-run"),
+)
+SCRIPT = "<script>document.title = 'broken'; window.broken = 1</script>"
+IMAGE = '<img src=x onerror="window.broken = 1">'
+STUDENT = STUDENTS[0]
+
+pytestmark = [
+    pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine's path"),
+    pytest.mark.skipif(importlib.util.find_spec("playwright") is None, reason="playwright is not installed"),
+]
+
+
+@pytest.fixture(scope="module")
+def browser() -> "Iterator[Browser]":
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=list(ARGUMENTS))
+        yield opened
+        opened.close()
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose tokens, labels and concepts are scripts."""
+    run = copied(explored(tmp_path_factory.getbasetemp()), tmp_path_factory.mktemp("hostile") / "run<b>")
+    with closing(sqlite3.connect(run / "explorer.sqlite")) as connection, connection:
+        connection.execute("UPDATE tokens SET text = ? WHERE id % 3 = 0", (SCRIPT,))
+        connection.execute("UPDATE tokens SET text = ? WHERE id % 3 = 1", ("</script>" + IMAGE,))
+    write_label(run / "explorer.sqlite", Label(STUDENT, loudest(run), SCRIPT, IMAGE, "2026-11-21"))
+    named = {"latent": 0, "concept": SCRIPT, "f1_validation": 1.0, "f1": 1.0}
+    probing = {"version": 1, "token_level": {"students": {STUDENT: {"latents": [named]}}}}
+    (run / "probing.json").write_text(json.dumps(probing), encoding="utf-8")
+    return run
+
+
+def loudest(run: Path) -> int:
+    with closing(sqlite3.connect(run / "explorer.sqlite")) as connection:
+        query = "SELECT latent FROM latents WHERE student = 0 ORDER BY firings DESC, latent LIMIT 1"
+        return int(connection.execute(query).fetchone()[0])
+
+
+@pytest.fixture(scope="module")
+def server(hostile: Path) -> Iterator[Served]:
+    with served(hostile) as serving:
+        yield serving
+
+
+@pytest.fixture
+def page(browser: "Browser", request: pytest.FixtureRequest) -> "Iterator[Page]":
+    context = browser.new_context(viewport={"width": 1280, "height": 860})
+    opened = context.new_page()
+    complaints: list[str] = []
+    opened.on("pageerror", lambda error: complaints.append(str(error)))
+    opened.on("console", lambda message: complaints.append(message.text) if _is_wrong(message) else None)
+    opened.on("request", lambda sent: complaints.append(sent.url) if _is_elsewhere(sent.url) else None)
+    yield opened
+    context.close()
+    assert not complaints, complaints
+
+
+def _is_elsewhere(url: str) -> bool:
+    return not url.startswith(("http://127.0.0.1:", "file:///", "data:,"))
+
+
+def _is_wrong(message: "ConsoleMessage") -> bool:
+    # The browser itself reports an answer that says what does not fit.
+    return message.type == "error" and "status of 400" not in message.text
+
+
+def visit(page: "Page", url: str) -> None:
+    page.goto("about:blank")
+    page.goto(url)
+    page.wait_for_selector("html[data-shown]")
+
+
+def shoot(page: "Page", name: str) -> None:
+    """Keep a picture where somebody asked for them: MXD_SCREENSHOTS names the folder."""
+    folder = os.environ.get("MXD_SCREENSHOTS")
+    if folder:
+        page.screenshot(path=f"{folder}/{name}.png", full_page=True)
+
+
+def unbroken(page: "Page") -> None:
+    assert page.evaluate("() => window.broken") is None
+    assert page.title().endswith("mxd explorer")
+    assert page.locator("main img, main script, main b b").count() == 0
+
+
+def test_scripts_in_tokens_labels_and_names_stay_text_on_every_page(
+    server: Served, hostile: Path, page: "Page"
+) -> None:
+    latent = loudest(hostile)
+    for route in ("", f"#/latent/{STUDENT}/{latent}", "#/run", f"#/text/{STUDENT}", f"#/steer/{STUDENT}/{latent}"):
+        visit(page, server.url + route)
+        unbroken(page)
+        assert page.locator(".error").count() == 0
+    visit(page, f"{server.url}#/latent/{STUDENT}/{latent}")
+    assert SCRIPT in page.inner_text("h1")
+    assert "window.broken" in page.inner_text(".example >> nth=0")
+    assert page.input_value("#note") == IMAGE
+    visit(page, f"{server.url}#/map/{STUDENT}")
+    page.fill("#query", "<script>")
+    page.wait_for_selector(".results .why")
+    assert page.locator(".results b").first.inner_text() == SCRIPT
+    unbroken(page)
+    visit(page, f"{server.url}#/nowhere/%3Cimg%20src=x%3E/{IMAGE}")
+    assert page.locator(".error").count() == 1
+    unbroken(page)
+
+
+def test_the_map_is_searched_and_walked_by_keys(server: Served, hostile: Path, page: "Page") -> None:
+    visit(page, server.url)
+    with closing(sqlite3.connect(hostile / "explorer.sqlite")) as connection:
+        alive = connection.execute("SELECT count(*) FROM latents WHERE student = 0 AND firings > 0").fetchone()[0]
+    assert page.get_attribute("html", "data-drawn") == str(alive)
+    assert page.locator(".results li").count() == min(12, alive)
+    page.keyboard.press("/")
+    assert page.evaluate("() => document.activeElement.id") == "query"
+    page.fill("#query", "1")
+    page.wait_for_selector(".found h2:has-text('found')")
+    page.focus("#map")
+    page.keyboard.press("ArrowRight")
+    first = page.inner_text(".tip .tag")
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("+")
+    page.keyboard.press("0")
+    page.select_option("#axis", "label")
+    page.select_option("#axis", "distinctness")
+    page.focus("#map")
+    page.keyboard.press("ArrowRight")
+    shown = page.inner_text(".tip .tag")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("article")
+    assert first.isdigit()
+    assert page.url.endswith(f"#/latent/{STUDENT}/{shown}")
+    page.keyboard.press("j")
+    page.wait_for_selector(f"h1 .tag:has-text('{int(shown) + 1}')")
+    page.go_back()
+    page.wait_for_selector(f"h1 .tag:has-text('{shown}')")
+    shoot(page, "tiny-latent")
+
+
+def test_a_label_is_written_and_found(server: Served, page: "Page") -> None:
+    visit(page, f"{server.url}#/latent/{STUDENT}/4")
+    page.fill("#label", "rivers & <trees>")
+    page.click("form.label button")
+    page.wait_for_selector("text=saved in the database")
+    visit(page, f"{server.url}#/map/{STUDENT}")
+    page.fill("#query", "rivers &")
+    page.wait_for_selector(".results b")
+    assert page.locator(".results b").all_inner_texts() == ["rivers & <trees>"]
+
+
+def test_a_typed_text_and_the_bench(server: Served, page: "Page") -> None:
+    visit(page, f"{server.url}#/text/{STUDENT}")
+    page.fill("#text", f"the cat {SCRIPT[:20]}")
+    page.click("form button")
+    page.wait_for_selector(".typed [role=button]")
+    assert page.inner_text(".typed") == f"<bos>the cat {SCRIPT[:20]}"
+    page.locator(".typed [role=button]").nth(3).click()
+    page.keyboard.press("ArrowRight")
+    assert page.locator(".typed [aria-pressed=true]").text_content() == " "
+    assert page.locator(".token-panel li").count() >= 2
+    page.locator(".token-panel .follow").first.click()
+    assert "Shaded by what expert" in page.inner_text("#legend")
+    page.fill("#text", "a " * 99)
+    page.keyboard.press("Control+Enter")
+    page.wait_for_selector("[role=status]:has-text('must fit the model')")
+    visit(page, f"{server.url}#/steer/{STUDENT}/3,5")
+    assert page.locator(".sliders li").count() == 2
+    page.locator(".sliders input").first.fill("4")
+    page.fill("#prompt", "the cat")
+    page.locator(".options input").first.fill("8")
+    page.click("button:has-text('Write')")
+    page.wait_for_selector("[role=status]:has-text('done')")
+    both = [pane.inner_text() for pane in page.locator(".written").all()]
+    assert all(text.startswith("the cat") and len(text) > 7 for text in both)
+    shoot(page, "tiny-steer")
+    unbroken(page)
+
+
+def test_every_page_fits_a_phone(server: Served, hostile: Path, browser: "Browser") -> None:
+    context = browser.new_context(viewport={"width": 360, "height": 740}, color_scheme="dark", has_touch=True)
+    page = context.new_page()
+    for name, route in {"map": "", "latent": f"#/latent/{STUDENT}/{loudest(hostile)}", "run": "#/run"}.items():
+        visit(page, server.url + route)
+        assert page.evaluate("() => document.documentElement.scrollWidth") <= 360
+        shoot(page, f"tiny-phone-{name}")
+    background = page.evaluate("() => getComputedStyle(document.body).backgroundColor")
+    assert background == "rgb(20, 23, 27)"
+    context.close()
+
+
+def test_an_export_opens_from_disk_and_has_no_live_parts(hostile: Path, tmp_path: Path, page: "Page") -> None:
+    folder = tmp_path / "pages"
+    files = export(library_of(hostile), folder)
+    assert files == sum(path.is_file() for path in folder.rglob("*"))
+    assert export(library_of(hostile), folder) == files
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("years of work", encoding="utf-8")
+    with pytest.raises(ValueError, match="must not exist, be empty or be an earlier export"):
+        export(library_of(hostile), tmp_path / "mine")
+    assert (tmp_path / "mine" / "thesis.tex").is_file()
+    for script in (folder / "data").iterdir():
+        assert "<" not in script.read_text(encoding="utf-8")
+    url, latent = (folder / "index.html").as_uri(), loudest(hostile)
+    visit(page, url)
+    assert page.inner_text("nav").split() == ["Map", "Run"]
+    assert int(page.get_attribute("html", "data-drawn") or 0) > 0
+    page.fill("#query", "window.broken")
+    page.wait_for_selector(".results b")
+    assert page.locator(".results b").first.inner_text() == SCRIPT
+    unbroken(page)
+    page.locator(".results a").first.click()
+    page.wait_for_selector("article")
+    unbroken(page)
+    visit(page, f"{url}#/latent/{STUDENT}/{latent}")
+    live = shown(page)
+    assert SCRIPT in live["heading"]
+    assert live["examples"] > 3
+    assert page.locator("form").count() == 0
+    visit(page, f"{url}#/run")
+    assert page.locator("svg.lines").count() > 0
+    visit(page, f"{url}#/text/{STUDENT}")
+    assert "mxd explore" in page.inner_text("main")
+    unbroken(page)
+
+
+def shown(page: "Page") -> dict[str, Any]:
+    return {"heading": page.inner_text("h1"), "examples": page.locator(".example").count()}
