@@ -29,8 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     from mxd.cli.frontier import frontier
     from mxd.cli.numbers import COUNTS
     from mxd.cli.pretrain import pretrain_from, show_pretraining_recipes
-    from mxd.cli.steer import steer
     from mxd.cli.probe import probe
+    from mxd.cli.steer import steer
     from mxd.cli.train import LIST, recipe_named, show_recipes, train_from
     from mxd.runs.snapshots import SnapshotError
     from mxd.training.train import TrainingFault, TrainingInterrupted
@@ -38,6 +38,19 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     given = list(sys.argv[1:] if arguments is None else arguments)
     name = f"mxd {given[0]}" if given and not given[0].startswith("-") else "mxd"
     try:
+        if given[:1] == ["privacy"]:
+            # Loaded here alone: it needs scikit-learn, which no other command should wait for.
+            from mxd.cli.privacy import privacy_commands
+
+            name = " ".join([name, *(word for word in given[1:2] if not word.startswith("-"))])
+            tyro.extras.subcommand_cli_from_dict(
+                privacy_commands(recipe_named(given[1:])),
+                prog="mxd privacy",
+                description="Make a model's weights uncertain on protected instances, and measure what it is worth.",
+                args=given[1:] or ["--help"],
+                registry=COUNTS,
+            )
+            sys.exit(DONE)
         recipes = {command: recipe_named(given[1:]) for command in ("train", "pretrain") if given[:1] == [command]}
         if LIST in recipes.values():
             (show_recipes if "train" in recipes else show_pretraining_recipes)()
@@ -47,21 +60,15 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
                 "train": train_from(recipes.get("train")),
                 "evaluate": evaluate,
                 "frontier": frontier,
-                "demo": demo,
-                "pretrain": pretrain_from(recipes.get("pretrain")),
-                "train": train_from(recipe),
-                "evaluate": evaluate,
-                "frontier": frontier,
+                "probe": probe,
                 "steer": steer,
                 "edit": edit,
+                "explore": explore,
                 "explain": explain,
-                "train": train_from(recipe),
-                "evaluate": evaluate,
-                "frontier": frontier,
-                "probe": probe,
+                "pretrain": pretrain_from(recipes.get("pretrain")),
+                "privacy": _privacy,
                 "demo": demo,
             },
-            {"train": train_from(recipe), "evaluate": evaluate, "frontier": frontier, "explore": explore, "demo": demo},
             prog="mxd",
             description="Decompose the MLP layers of language models into sparse layers that can replace them.",
             args=given or ["--help"],
@@ -79,6 +86,10 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         remedy = "ask for fewer or smaller layers, or lower --batch-tokens, --buffer-tokens or --context"
         _fail(name, f"what was asked for must fit in memory; it does not ({error}); {remedy}.", CANNOT_BE_MET, error)
     sys.exit(DONE)
+
+
+def _privacy() -> None:
+    """Make weights uncertain on protected instances: induce, sweep, certify, evaluate, attack, demo."""
 
 
 def _sentence(error: ValueError | OSError) -> str:

@@ -35,7 +35,8 @@ _EXAMPLES_OPEN = 3
 _GLYPHS = {"o": "●", "s": "■", "D": "◆", "^": "▲", "v": "▼", "P": "✚", "X": "✖"}
 _NUMBERS = ("No", "One", "Two", "Three", "Four", "Five", "Six", "Seven", "Eight", "Nine", "Ten")
 # Control characters are not allowed in HTML; Unicode has a picture of each.
-_VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"} | {0x7F: 0x2421}
+VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"} | {0x7F: 0x2421}
+"""For `str.translate`: control characters -> pictures of them."""
 
 
 class ExpertExample(NamedTuple):
@@ -191,7 +192,7 @@ def _excerpt(example: ExpertExample, max_value: float) -> _Excerpt:
     shown = list(enumerate(zip(example.tokens, example.values, strict=True)))[start:stop]
     tokens = [
         _Token(
-            text.replace("\r\n", "\n").translate(_VISIBLE).split("\n"),
+            text.replace("\r\n", "\n").translate(VISIBLE).split("\n"),
             _value(value) if value > 0 else "",
             min(max(value / max_value, 0.0), 1.0) if max_value > 0 else 0.0,
             place == example.peak,

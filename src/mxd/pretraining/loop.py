@@ -76,7 +76,8 @@ def pretrain(
                 "Pre-training",
                 tokens_at_start=first * task.units_per_step,
                 unit=task.unit,
-                columns=("loss", "held_out_loss"),
+                columns={"loss": "loss", "held out": "held_out_loss"},
+                headline="held_out_loss",
             )
         )
         for step in range(first, steps):

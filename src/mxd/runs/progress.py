@@ -25,6 +25,8 @@ LONGEST_SECONDS = 1e8
 MOST_STUDENTS = 12
 BAR_FROM_WIDTH = 100
 """Columns of a terminal below which the numbers take the bar's place."""
+COLUMNS = {"loss": "loss", "fvu": "fvu", "l0": "l0", "dead": "dead_fraction"}
+"""Heading -> metric of the table of sparse layers."""
 
 
 class SmoothedRate:
@@ -63,10 +65,11 @@ class TrainingProgress:
         student_ids: In the order in which they are shown; of more than twelve, the twelve with the largest fvu.
         description: A word or two before the numbers.
         tokens_at_start: Tokens done before a resume, which count for the bar and not for the speed.
-        unit: What is counted.
-        columns: Metrics that are shown; lines outside a terminal have the second.
         console: Where to write; stderr unless given.
         clock: Seconds that only grow; tests pass their own.
+        unit: What is counted.
+        columns: Heading -> metric of the table.
+        headline: The metric that a plain line tells, and by which students are chosen where there are many.
     """
 
     def __init__(
@@ -76,13 +79,15 @@ class TrainingProgress:
         description: str,
         *,
         tokens_at_start: int = 0,
-        unit: str = "tokens",
-        columns: Sequence[str] = ("loss", "fvu", "l0", "dead_fraction"),
         console: Console | None = None,
         clock: Callable[[], float] = time.monotonic,
+        unit: str = "tokens",
+        columns: Mapping[str, str] = COLUMNS,
+        headline: str = "fvu",
     ) -> None:
+        self._unit, self._columns, self._headline = unit, columns, headline
         self._total_tokens, self._student_ids, self._description = total_tokens, list(student_ids), description
-        self._tokens, self._unit, self._columns = tokens_at_start, unit, tuple(columns)
+        self._tokens = tokens_at_start
         self._console = console if console is not None else Console(stderr=True)
         self._clock = clock
         self._metrics: Metrics = {}
@@ -131,13 +136,13 @@ class TrainingProgress:
     def _write_line(self) -> None:
         self._shown_tokens = self._tokens
         shown = self._shown_students()
-        told = self._columns[1]
-        students = [f"{student} {told} {_number(self._value(student, told))}" for student in shown]
+        name = self._headline
+        students = [f"{student} {name} {_number(self._value(student, name))}" for student in shown]
         more = self._more(shown)
-        # What is read without a target has no fvu at all.
-        has_fvu = any(self._value(student, "fvu") is not None for student in shown)
-        named = [", ".join(students) + (f" {more}" if more else "")] if has_fvu else []
-        parts = [self._description, *self._facts(), *named]
+        # What is read without a target has no error to tell.
+        is_known = any(self._value(student, name) is not None for student in shown)
+        parts = [self._description, *self._facts()]
+        parts += [", ".join(students) + (f" {more}" if more else "")] if is_known else []
         self._console.print(Text("  ".join(parts)), soft_wrap=True)
 
     def _frame(self) -> Group:
@@ -151,12 +156,13 @@ class TrainingProgress:
         table = Table(box=None, padding=(0, 1), pad_edge=False)
         table.add_column("student", overflow="ellipsis", no_wrap=True)
         for name in self._columns:
-            table.add_column(name.removesuffix("_fraction"), justify="right", no_wrap=True, min_width=6)
+            table.add_column(name, justify="right", no_wrap=True, min_width=6)
         shown = self._shown_students()
         for student in shown:
-            values = {name: self._value(student, name) for name in self._columns}
-            cells = [_share(value) if name == "dead_fraction" else _number(value) for name, value in values.items()]
-            table.add_row(Text(student), *cells)
+            table.add_row(
+                Text(student),
+                *(_cell(metric, self._value(student, metric)) for metric in self._columns.values()),
+            )
         more = self._more(shown)
         return Group(head, table, Text(more)) if more else Group(head, table)
 
@@ -178,10 +184,10 @@ class TrainingProgress:
         return sorted(self._student_ids, key=self._badness, reverse=True)[:MOST_STUDENTS]
 
     def _badness(self, student: str) -> float:
-        fvu = self._value(student, "fvu")
-        if fvu is None:
+        value = self._value(student, self._headline)
+        if value is None:
             return -math.inf
-        return math.inf if math.isnan(fvu) else float(fvu)
+        return math.inf if math.isnan(value) else float(value)
 
     def _value(self, student: str, metric: str) -> int | float | None:
         return self._metrics.get(student, {}).get(metric)
@@ -189,6 +195,10 @@ class TrainingProgress:
     def _more(self, shown: Sequence[str]) -> str:
         hidden = len(self._student_ids) - len(shown)
         return f"… and {hidden} more" if hidden else ""
+
+
+def _cell(metric: str, value: int | float | None) -> str:
+    return _share(value) if metric == "dead_fraction" else _number(value)
 
 
 def _number(value: int | float | None) -> str:
