@@ -127,9 +127,7 @@ def unit_length(images: Images) -> Images:
 
 
 def certify(images: Images, pretrained: Tensor, *, theta: float, decay: float, warm_up: int) -> CertifiedStep:
-    config = CertifyConfig(
-        theta=theta, weight_decay=decay, epsilon=EPSILON, delta=DELTA, warm_up=warm_up, noise_seed=NOISE_SEEDS[0]
-    )
+    config = CertifyConfig(theta=theta, weight_decay=decay, epsilon=EPSILON, delta=DELTA, warm_up=warm_up)
     return certify_logistic(
         images.protected, images.retained, images.retained_labels, config, num_classes=10, pretrained=pretrained
     )

@@ -2,6 +2,7 @@
 
 import json
 import math
+from fractions import Fraction
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mxd.privacy.certificate import Bound, Certificate, Constant
+from mxd.privacy.certificate import Bound, Certificate, Constant, rounded_up
 from mxd.privacy.certify import (
     CertifyConfig,
     certify_logistic,
@@ -17,9 +18,16 @@ from mxd.privacy.certify import (
 )
 from mxd.privacy.distance_bounds import FullStep, distance_bounds
 from mxd.privacy.gaussian import noise_scale
-from mxd.privacy.logistic import LogisticObjective, gradient_rounding, logistic_constants, product_rounding
+from mxd.privacy.logistic import (
+    LogisticObjective,
+    gradient_rounding,
+    logistic_constants,
+    product_rounding,
+    require_strong_convexity,
+    with_constant,
+)
 from mxd.privacy.newton import minimise, newton_direction
-from mxd.privacy.objective import Uniformity, accuracy_loss, uniformity_loss
+from mxd.privacy.objective import ObjectiveConfig, Uniformity, accuracy_loss, uniformity_loss
 from tests.logistic_problems import KINDS, problem, random_problem
 
 
@@ -94,7 +102,7 @@ def test_rounding_is_bounded_by_what_is_added_for_it() -> None:
 
 def test_a_certificate_has_the_noise_of_its_smallest_bound() -> None:
     protected, retained, labels = data()
-    config = CertifyConfig(theta=0.6, weight_decay=0.1, warm_up=1, noise_seed=3)
+    config = CertifyConfig(theta=0.6, weight_decay=0.1, warm_up=1)
     step = certify_logistic(protected, retained, labels, config, num_classes=3)
     certificate = step.certificate
     assert certificate.certified
@@ -106,14 +114,125 @@ def test_a_certificate_has_the_noise_of_its_smallest_bound() -> None:
     again = certify_logistic(protected, retained, labels.int(), config, num_classes=3)
     assert step.released is not None
     assert again.released is not None
-    assert bool((step.released == again.released).all())
+    assert step.experimental is None
     assert not bool((step.released == step.stepped).any())
-    other = certify_logistic(
+    assert not bool((step.released == again.released).any())
+    assert bool((step.stepped == again.stepped).all())
+
+
+def test_seeded_noise_is_for_experiments_and_never_certified() -> None:
+    protected, retained, labels = data()
+    config = CertifyConfig(theta=0.6, weight_decay=0.1, warm_up=1, noise_seed=3)
+    step, again = (certify_logistic(protected, retained, labels, config, num_classes=3) for _ in range(2))
+    certificate = step.certificate
+    assert not certificate.certified
+    assert certificate.sigma is None
+    assert certificate.statement().startswith("No certificate: the noise is seeded")
+    assert certificate.to_json()["noise"] == "seeded"
+    assert certificate.to_json()["certified"] is False
+    assert Certificate.from_json(json.dumps(certificate.to_json())) == certificate
+    with pytest.raises(ValueError, match="the noise is seeded"):
+        certificate.public_json()
+    assert step.released is None
+    assert step.experimental is not None
+    assert again.experimental is not None
+    assert bool((step.experimental == again.experimental).all())
+    secret = certify_logistic(
         protected, retained, labels, CertifyConfig(theta=0.6, weight_decay=0.1, warm_up=1), num_classes=3
+    ).certificate
+    assert secret.noise == "secret"
+    assert certificate.experimental_sigma == secret.sigma == secret.experimental_sigma
+    forged = json.dumps(certificate.to_json() | {"certified": True})
+    with pytest.raises(ValueError, match="claims certified"):
+        Certificate.from_json(forged)
+
+
+def test_what_may_be_published_does_not_tell_of_the_weights_without_noise() -> None:
+    protected, retained, labels = data()
+    config = CertifyConfig(theta=0.6, weight_decay=0.1, warm_up=0)
+    starts = 0.1 * torch.randn(2, 5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    one, two = (
+        certify_logistic(protected, retained, labels, config, num_classes=3, pretrained=start).certificate
+        for start in starts
     )
-    assert other.released is not None
-    assert not bool((other.released == step.released).any())
-    assert bool((other.stepped == step.stepped).all())
+    shown = [certificate.public_json() for certificate in (one, two)]
+    # From two starts everything that may be published is the same, but for the noise and the sentence that names it.
+    assert {name for name in shown[0] if shown[0][name] != shown[1][name]} == {
+        "bounds",
+        "sensitivity",
+        "sigma",
+        "statement",
+    }
+    public = one.public()
+    assert set(public.bounds) == {"smallest"}
+    moved = {name for name in one.constants if one.constants[name] != two.constants[name]}
+    assert moved == set(one.constants) - set(public.constants)
+    assert {"gradient_after", "step_residual", "norm_before", "rounding_after"} <= moved
+    assert {"strong_convexity", "hessian_lipschitz", "largest_norm"} <= set(public.constants)
+    read = Certificate.from_json(json.dumps(shown[0], allow_nan=False))
+    assert read == public
+    assert (read.certified, read.sigma, read.statement()) == (True, one.sigma, one.statement())
+
+
+def test_examples_in_both_sets_are_refused_and_counted() -> None:
+    protected, retained, labels = data()
+    both = torch.cat([protected[:1], retained[:-3], protected[4:6].double()])
+    with pytest.raises(ValueError, match="3 of 50 retained rows are also protected"):
+        certify_logistic(protected, both, labels, CertifyConfig(), num_classes=3)
+    zero = torch.zeros(1, 4)
+    with pytest.raises(ValueError, match="1 of 50 retained rows is also protected; remove it"):
+        certify_logistic(-zero, torch.cat([zero, retained[1:]]), labels, CertifyConfig(), num_classes=3)
+
+
+def test_constants_are_rounded_outwards_however_many_examples() -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = with_constant(torch.randn(50_000, 2, dtype=torch.float64, generator=generator))
+    made = LogisticObjective(
+        protected=rows[:5],
+        retained=rows,
+        labels=(rows[:, 0] > 0).long(),
+        num_classes=2,
+        config=ObjectiveConfig(theta=0.5, weight_decay=0.1, uniformity="kl-u-p"),
+    )
+    constants = logistic_constants(made)
+    plain = float(torch.linalg.eigvalsh(rows.T @ rows / len(rows))[-1])
+    assert 2 * len(rows) * 2.0**-53 < constants.retained_moment / plain - 1 < 1e-9
+    squares = [sum((Fraction(x) ** 2 for x in row), Fraction(0)) for row in rows[:200].tolist()]
+    few = logistic_constants(
+        LogisticObjective(
+            protected=rows[:5], retained=rows[:200], labels=made.labels[:200], num_classes=2, config=made.config
+        )
+    )
+    assert Fraction(few.largest_norm) ** 2 >= max(squares)
+    assert Fraction(few.retained_square) >= sum(squares) / 200
+
+
+def test_strong_convexity_is_never_above_the_exact_difference() -> None:
+    for seed in range(40):
+        base = problem(kind="square", seed=seed)
+        needed = logistic_constants(base).smallest_weight_decay
+        for more in (1 + 1e-15, 1 + 1e-12, 1.001):
+            made = problem(kind="square", decay=needed * more, seed=seed)
+            found = logistic_constants(made)
+            theta, concavity = Fraction(made.config.theta), Fraction(found.uniformity.concavity)
+            exact = Fraction(made.config.weight_decay) - theta * concavity * Fraction(found.protected_moment)
+            assert Fraction(found.strong_convexity) < exact
+
+
+def test_the_named_weight_decay_is_rounded_up() -> None:
+    for seed in range(20):
+        made = problem(kind="square", decay=1e-4, seed=seed)
+        needed = logistic_constants(made).smallest_weight_decay
+        with pytest.raises(ValueError, match="smallest that certifies") as error:
+            require_strong_convexity(made, logistic_constants(made))
+        named = float(str(error.value).split("above ")[1].split(",")[0])
+        assert needed <= named <= needed * (1 + 1e-5)
+
+
+@given(st.floats(1e-300, 1e300))
+def test_numbers_are_printed_rounded_up(value: float) -> None:
+    assert value <= float(rounded_up(value)) <= value * (1 + 1.1e-5)
+    assert len(rounded_up(value).split("e")[0].replace(".", "").lstrip("0")) <= 6
 
 
 def test_without_a_warm_up_the_step_is_the_paper_s_whole_one() -> None:
@@ -167,26 +286,34 @@ def test_json_says_everything_and_is_checked_when_it_is_read() -> None:
         "{}",
         text.replace("derived", "believed"),
         text.replace('"epsilon": 1.0', '"epsilon": 0'),
+        text.replace('"noise": "secret"', '"noise": "unknown"'),
+        text.replace('"noise": "secret", ', ""),
     ):
-        with pytest.raises(ValueError, match=r"no certificate|origin|epsilon"):
+        with pytest.raises(ValueError, match=r"no certificate|origin|epsilon|noise must be"):
             Certificate.from_json(broken)
 
 
 def test_an_estimated_constant_makes_it_no_certificate() -> None:
     bounds = {"a posteriori": Bound(0.5, "‖∇M‖ / m")}
     proved = {"m": Constant(0.1, "derived", "strong convexity")}
-    assert Certificate(epsilon=1.0, delta=1e-5, constants=proved, bounds=bounds).certified
+    assert Certificate(epsilon=1.0, delta=1e-5, constants=proved, bounds=bounds, noise="secret").certified
     guessed = Certificate(
-        epsilon=1.0, delta=1e-5, constants={"m": Constant(0.1, "estimated", "at one point")}, bounds=bounds
+        epsilon=1.0,
+        delta=1e-5,
+        constants={"m": Constant(0.1, "estimated", "at one point")},
+        bounds=bounds,
+        noise="secret",
     )
     assert not guessed.certified
     assert guessed.sigma is None
     assert guessed.statement() == "No certificate: estimated, not proved: m."
     assert Certificate.from_json(json.dumps(guessed.to_json())) == guessed
-    empty = Certificate(epsilon=1.0, delta=1e-5, constants=proved, bounds={"local": Bound(None, "needs more")})
+    empty = Certificate(
+        epsilon=1.0, delta=1e-5, constants=proved, bounds={"local": Bound(None, "needs more")}, noise="secret"
+    )
     assert empty.statement() == "No certificate: no bound on the distance to the minimiser holds."
     with pytest.raises(ValueError, match="finite"):
-        Certificate(epsilon=1.0, delta=1e-5, constants=proved, bounds={"b": Bound(math.inf, "")})
+        Certificate(epsilon=1.0, delta=1e-5, constants=proved, bounds={"b": Bound(math.inf, "")}, noise="secret")
 
 
 def test_a_ball_that_may_cut_the_minimiser_off_is_not_certified() -> None:

@@ -1,6 +1,7 @@
 """`mxd privacy`: every command on files, its page, its JSON and its refusals."""
 
 import json
+import re
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -118,6 +119,16 @@ def test_certify_writes_a_model_with_a_certificate_that_holds(
     certificate = Certificate.from_json((out / "certificate.json").read_text())
     assert certificate.certified
     assert found["certificate"]["sigma"] == certificate.sigma
+    assert json.loads((out / "privacy.json").read_text()) == found
+    # What is computed from the weights without noise is in the owner's file, and in none that is published.
+    whole = json.loads((out / "owner-only.json").read_text())
+    assert Certificate.from_json(json.dumps(whole["certificate"])).public() == certificate
+    for name in ("certificate.json", "privacy.json", "report.html"):
+        assert not {"gradient_after", "step_residual", "without_noise"} & set(
+            re.findall(r"\w+", (out / name).read_text())
+        )
+    seeded = mxd_command("privacy", "certify", *on(folder, "logistic"), "--out", tmp_path / "no", "--noise-seed", 1)
+    assert_refused(seeded, "privacy certify", "the noise is seeded")
     assert load_classifier(out / "model").config == LogisticRegressionConfig(d_in=4, classes=CLASSES)
     assert "What the certificate rests on" in (out / "report.html").read_text()
     assert_refused(

@@ -1,13 +1,15 @@
 """The Gaussian mechanism: the exact condition against its definition, and the noise that follows from it."""
 
 import math
+from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.integrate import quad
-from scipy.stats import norm
+from scipy.stats import kstest, norm
 
 from mxd.privacy.gaussian import add_noise, indistinguishability, noise_scale
 
@@ -89,3 +91,35 @@ def test_noise_has_its_scale_and_is_repeatable_only_on_request() -> None:
     rounded = add_noise(weights.float(), 0.5, seed=1)
     assert rounded.dtype == torch.float32
     assert bool((rounded == noisy.float()).all())
+
+
+def test_secret_noise_has_128_bits_of_the_operating_system(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights, asked = torch.zeros(3, 2, dtype=torch.float64), list[int]()
+
+    def drawing(key: int) -> Callable[[int], int]:
+        def draw(bits: int) -> int:
+            asked.append(bits)
+            return key
+
+        return draw
+
+    found: list[bytes] = []
+    # Two keys whose low 32 bits, all that PyTorch's generator on the CPU keeps of its seed, are the same.
+    for key in (5, 5 + 2**32, 5 + 2**64, 5 + 2**127, 5):
+        monkeypatch.setattr("secrets.randbits", drawing(key))
+        found.append(add_noise(weights, 1.0, seed=None).numpy().tobytes())
+    assert len(set(found)) == 4
+    assert found[0] == found[-1]
+    assert asked == [128] * 5
+    expected = np.random.Generator(np.random.Philox(key=5)).standard_normal((3, 2))
+    assert found[0] == expected.tobytes()
+
+
+def test_secret_noise_is_gaussian_and_of_the_weights_shape() -> None:
+    weights = torch.full((100, 100), 3.0, requires_grad=True)
+    noisy = add_noise(weights, 0.5, seed=None)
+    assert noisy.shape == weights.shape
+    assert noisy.dtype == torch.float32
+    # Fails by chance once in a million runs.
+    assert float(kstest((noisy.double().flatten() - 3) / 0.5, "norm").pvalue) > 1e-6
+    assert add_noise(torch.tensor(1.0), 0.5, seed=None).shape == ()

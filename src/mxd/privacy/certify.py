@@ -42,7 +42,7 @@ class CertifyConfig:
     radius: float | None = None
     """C, if the objective is to be minimised over ‖w‖ ≤ C only; it certifies if the minimiser is inside."""
     noise_seed: int | None = None
-    """Seeds the noise, for experiments only: who knows the seed can take the noise off. By default nobody knows it."""
+    """Seeds the noise, for experiments only: nothing is certified or released then. By default nobody knows it."""
 
     def __post_init__(self) -> None:
         check_budget(self.epsilon, self.delta)
@@ -70,7 +70,9 @@ class CertifiedStep(NamedTuple):
     stepped: Float[Tensor, "d_in classes"]
     """W after the Newton steps, without noise: not to be released."""
     released: Float[Tensor, "d_in classes"] | None
-    """W with the certificate's noise; None where there is no certificate."""
+    """W with the certificate's noise, which is secret; None where there is no certificate."""
+    experimental: Float[Tensor, "d_in classes"] | None
+    """W with noise of the same size from `noise_seed`, to be repeated but not released; None without a seed."""
     certificate: Certificate
     """What is promised about `released`, or why nothing is."""
     utility: UtilityBound
@@ -78,7 +80,7 @@ class CertifiedStep(NamedTuple):
     constants: LogisticConstants
     """The derived constants, as numbers."""
     noise_accuracy_cost: float | None
-    """What the noise adds at most to the retained cross-entropy, on average; None without a certificate."""
+    """What the noise adds at most to the retained cross-entropy, on average; None where no bound is proved."""
     noise_uniformity_cost: float | None
     """What it adds at most to L_K on the protected examples, on average."""
 
@@ -97,7 +99,7 @@ def certify_logistic(
     From the pretrained weights at most `config.warm_up` damped Newton steps on M_θ, then one full step, then noise of
     the size that ε, δ and the smallest proved bound ask for. Everything is computed in float64 on the CPU. The
     certificate lists each constant and bound, those before the step too, vacuous or not; `certificate.statement()` says
-    it in words, `certificate.to_json()` as JSON.
+    it in words, `certificate.to_json()` as JSON for the owner, `certificate.public_json()` for everybody.
 
     Args:
         protected: Features of the protected examples, without a constant column; any float dtype, scaled as you like.
@@ -109,8 +111,8 @@ def certify_logistic(
             (`pretrain_logistic` trains one on whatever it is given).
 
     Raises:
-        ValueError: If a set is empty or not finite, shapes or labels do not fit, or λ is not above the smallest one
-            that certifies, which the sentence names.
+        ValueError: If a set is empty or not finite, shapes or labels do not fit, retained examples are protected too
+            (the sentence names how many), or λ is not above the smallest one that certifies, which the sentence names.
 
     Example:
         >>> x = torch.randn(60, 3, generator=torch.Generator().manual_seed(0))
@@ -125,6 +127,7 @@ def certify_logistic(
         num_classes=num_classes,
         config=config.objective,
     )
+    _require_disjoint(problem)
     constants = logistic_constants(problem)
     require_strong_convexity(problem, constants)
     reference = _start(problem, pretrained)
@@ -137,8 +140,8 @@ def certify_logistic(
     direction = newton_direction(problem, w)
     stepped = w - direction.vector
     certificate = _certificate(problem, constants, FullStep(w, direction, stepped), config)
-    sigma = certificate.sigma
-    released = None if sigma is None else problem.matrix(add_noise(stepped, sigma, seed=config.noise_seed))
+    sigma = certificate.experimental_sigma
+    noisy = None if sigma is None else problem.matrix(add_noise(stepped, sigma, seed=config.noise_seed))
     costs = [
         None if sigma is None else noise_cost(sigma, logits.trace, square)
         for logits, square in (
@@ -149,7 +152,8 @@ def certify_logistic(
     return CertifiedStep(
         pretrained=problem.matrix(reference),
         stepped=problem.matrix(stepped),
-        released=released,
+        released=noisy if certificate.certified else None,
+        experimental=noisy if certificate.noise == "seeded" else None,
         certificate=certificate,
         utility=utility_bound(problem, constants, reference),
         constants=constants,
@@ -178,6 +182,20 @@ def pretrain_logistic(
         config=ObjectiveConfig(theta=0.5, weight_decay=weight_decay / 2, uniformity="kl-u-p"),
     )
     return problem.matrix(minimise(problem, torch.zeros(problem.num_parameters, dtype=torch.float64)))
+
+
+def _require_disjoint(problem: LogisticObjective) -> None:
+    # Adding 0 makes −0 and 0, which are equal numbers, equal bytes.
+    protected, retained = (
+        [row.tobytes() for row in (rows + 0.0).numpy()] for rows in (problem.protected, problem.retained)
+    )
+    known = set(protected)
+    common = sum(row in known for row in retained)
+    if common:
+        raise ValueError(
+            f"protected and retained sets must have no row in common; {common} of {len(retained)} retained rows "
+            f"{'is' if common == 1 else 'are'} also protected; remove {'it' if common == 1 else 'them'} from one."
+        )
 
 
 def _start(problem: LogisticObjective, pretrained: Float[Tensor, "rows columns"] | None) -> Float[Tensor, " p"]:
@@ -216,5 +234,6 @@ def _certificate(
         delta=config.delta,
         constants=named_constants(problem, constants, step),
         bounds=bounds,
+        noise="secret" if config.noise_seed is None else "seeded",
         unmet=unmet,
     )

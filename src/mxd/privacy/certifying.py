@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mxd.atomic import JSON, write_json_atomically
-from mxd.privacy.certificate import Certificate
+from mxd.privacy.certificate import Certificate, rounded_up
 from mxd.privacy.certify import CertifiedStep, CertifyConfig, certify_logistic
 from mxd.privacy.examples import Examples
 from mxd.privacy.measures import PrivacyMeasures
@@ -25,6 +25,7 @@ from mxd.privacy.workflow import (
 )
 
 CERTIFICATE_FILE = "certificate.json"
+OWNER_FILE = "owner-only.json"
 
 
 class CertifyOutcome(NamedTuple):
@@ -42,12 +43,18 @@ class CertifyOutcome(NamedTuple):
     """Of the model that may be released."""
 
     def to_json(self) -> dict[str, JSON]:
-        """All but the weights, for a file."""
+        """What may be published with the released weights: nothing in it tells of the weights without noise."""
+        return {
+            "certificate": self.step.certificate.public_json(),
+            "before": self.before.to_json(),
+            "after": self.after.to_json(),
+        }
+
+    def owner_json(self) -> dict[str, JSON]:
+        """The whole certificate and the measures without noise: (ε, δ) does not cover them, so they stay here."""
         return {
             "certificate": self.step.certificate.to_json(),
-            "before": self.before.to_json(),
             "without_noise": self.without_noise.to_json(),
-            "after": self.after.to_json(),
         }
 
 
@@ -103,6 +110,8 @@ def certify_model(model: nn.Module, protected: Examples, retained: Examples, con
 def certify_into(out: Path, request: PrivacyRequest, config: CertifyConfig, *, footer: str = "") -> CertifyOutcome:
     """Certify a logistic regression, and write the model, `certificate.json`, `privacy.json` and `report.html`.
 
+    These may be published. `owner-only.json` may not: it has what depends on the weights without noise.
+
     Raises:
         ValueError: If the folder is not new or empty, or as `certify_model` does; nothing is written then.
     """
@@ -121,8 +130,9 @@ def certify_into(out: Path, request: PrivacyRequest, config: CertifyConfig, *, f
     )
     out.mkdir(parents=True, exist_ok=True)
     request.saved.write(out / MODEL_FOLDER, released)
-    write_json_atomically(out / CERTIFICATE_FILE, step.certificate.to_json())
+    write_json_atomically(out / CERTIFICATE_FILE, step.certificate.public_json())
     write_json_atomically(out / RESULT_FILE, outcome.to_json())
+    write_json_atomically(out / OWNER_FILE, outcome.owner_json())
     section = Section(
         heading="Before and after",
         before=outcome.before,
@@ -144,11 +154,11 @@ def certify_into(out: Path, request: PrivacyRequest, config: CertifyConfig, *, f
 
 
 def certificate_facts(certificate: Certificate) -> dict[str, str]:
-    """What a page says of a certificate: its noise, its bounds and its constants, each with where it came from."""
-    found = {"σ": f"{certificate.sigma:.6g}" if certificate.sigma is not None else "none"}
-    for name, bound in certificate.bounds.items():
-        value = "does not hold" if bound.value is None else f"{bound.value:.4g}"
-        found[f"Bound: {name}"] = f"{value} ({bound.formula})"
-    for name, constant in certificate.constants.items():
+    """What a page says of a certificate, which may be published: noise, distance, and constants with their origins."""
+    public = certificate.public()
+    assert public.sigma is not None
+    assert public.sensitivity is not None
+    found = {"σ": rounded_up(public.sigma), "Δ": f"{rounded_up(public.sensitivity)} (the smallest bound)"}
+    for name, constant in public.constants.items():
         found[f"{name}, {constant.origin}"] = f"{constant.value:.4g} ({constant.meaning})"
     return found

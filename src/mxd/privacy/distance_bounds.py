@@ -40,20 +40,42 @@ def distance_bounds(problem: LogisticObjective, constants: LogisticConstants, st
     slope_before = float(problem.gradient(step.before).norm()) + gradient_rounding(problem, constants, step.before)
     slope_after = float(problem.gradient(step.after).norm()) + gradient_rounding(problem, constants, step.after)
     length = float(step.direction.vector.norm())
+    # For the roundings of a norm over all weights and of each formula.
+    above = 1 + 4 * (problem.num_parameters + 64) * 2.0**-53
     inexact = _solve_error(problem, constants, step.before, step.direction) / m + 2.0**-52 * float(step.after.norm())
-    return {
+    bounds = {
         "a priori, ball": Bound(2 * radius**2 * rho / m + inexact, "2 C² ρ / m, w and the minimiser in a ball of C"),
         "a priori, gradient": Bound(rho * slope_before**2 / (2 * m**3) + inexact, "ρ ‖∇M(w)‖² / (2 m³)"),
         "step length": Bound(rho * length**2 / (2 * m) + inexact, "ρ ‖s‖² / (2 m)"),
         "a posteriori": Bound(slope_after / m, "‖∇M(w̃)‖ / m"),
         **_local_bounds(problem, constants, step.after),
     }
+    return {
+        name: bound if bound.value is None else bound._replace(value=bound.value * above)
+        for name, bound in bounds.items()
+    }
 
 
 def named_constants(problem: LogisticObjective, constants: LogisticConstants, step: FullStep) -> dict[str, Constant]:
-    """Return everything that the bounds rest on, with where it came from."""
-    config, after = problem.config, step.after
-    gradient = "∇M_θ with its λw"
+    """Return everything that the bounds rest on, with where it came from; what the steps gave is not public."""
+    fixed = _constants_of_data(problem, constants)
+    after, gradient = step.after, "∇M_θ with its λw"
+    return {
+        **{name: constant._replace(public=True) for name, constant in fixed.items()},
+        "norm_before": Constant(float(step.before.norm()), "computed", "‖w‖ before the step"),
+        "gradient_before": Constant(float(problem.gradient(step.before).norm()), "computed", f"norm of {gradient}"),
+        "step_length": Constant(float(step.direction.vector.norm()), "computed", f"‖s‖, by {step.direction.method}"),
+        "step_residual": Constant(step.direction.residual, "computed", "‖∇M_θ(w) − ∇²M_θ(w) s‖"),
+        "gradient_after": Constant(float(problem.gradient(after).norm()), "computed", f"norm of {gradient}"),
+        "rounding_after": Constant(
+            gradient_rounding(problem, constants, after), "derived", "error of gradient_after, from float64"
+        ),
+    }
+
+
+def _constants_of_data(problem: LogisticObjective, constants: LogisticConstants) -> dict[str, Constant]:
+    """Return the constants that no weights enter."""
+    config = problem.config
     return {
         "theta": Constant(config.theta, "given", "θ, the weight of uniformity"),
         "weight_decay": Constant(config.weight_decay, "given", "λ, counted once: inside M_θ"),
@@ -81,14 +103,6 @@ def named_constants(problem: LogisticObjective, constants: LogisticConstants, st
             "m = λ − smallest_weight_decay: no eigenvalue of ∇²M_θ is below it, anywhere",
         ),
         "minimiser_radius": Constant(constants.minimiser_radius, "derived", "‖w_θ‖ ≤ √(2 (1−θ) ln Y / λ)"),
-        "norm_before": Constant(float(step.before.norm()), "computed", "‖w‖ before the step"),
-        "gradient_before": Constant(float(problem.gradient(step.before).norm()), "computed", f"norm of {gradient}"),
-        "step_length": Constant(float(step.direction.vector.norm()), "computed", f"‖s‖, by {step.direction.method}"),
-        "step_residual": Constant(step.direction.residual, "computed", "‖∇M_θ(w) − ∇²M_θ(w) s‖"),
-        "gradient_after": Constant(float(problem.gradient(after).norm()), "computed", f"norm of {gradient}"),
-        "rounding_after": Constant(
-            gradient_rounding(problem, constants, after), "derived", "error of gradient_after, from float64"
-        ),
     }
 
 

@@ -1,7 +1,9 @@
 """How much Gaussian noise makes two outputs that lie a known distance apart hard to tell apart."""
 
 import math
+import secrets
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from scipy.special import log_ndtr
@@ -83,13 +85,15 @@ def add_noise(weights: Float[Tensor, "*shape"], sigma: float, *, seed: int | Non
     Args:
         weights: What is to be released; left as it is.
         sigma: σ, at least 0.
-        seed: With None the generator is seeded by the operating system. A number makes the noise repeatable, for
-            experiments only: who knows or guesses the seed subtracts the noise, and nothing is hidden.
+        seed: With None the noise is secret: NumPy's Philox generator, its whole key of 128 bits drawn from the
+            operating system. (PyTorch's generator on the CPU keeps 32 bits of its seed, so that all its noises could be
+            tried.) A number makes the noise repeatable, for experiments only: who knows or guesses it subtracts the
+            noise, and nothing is hidden.
     """
-    generator = torch.Generator()
     if seed is None:
-        generator.seed()
+        secret = np.random.Generator(np.random.Philox(key=secrets.randbits(128)))
+        noise = torch.from_numpy(secret.standard_normal(tuple(weights.shape)))
     else:
-        generator.manual_seed(seed)
-    noise = torch.randn(weights.shape, dtype=torch.float64, generator=generator)
+        generator = torch.Generator().manual_seed(seed)
+        noise = torch.randn(weights.shape, dtype=torch.float64, generator=generator)
     return (weights.detach().cpu().double() + sigma * noise).to(weights)

@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
+from mxd.privacy.certificate import rounded_up
 from mxd.privacy.logit_losses import (
     LogitConstants,
     accuracy_constants,
@@ -29,7 +30,6 @@ from mxd.privacy.objective import ObjectiveConfig, objective
 
 _UNIT = 2.0**-53
 _BLOCK_ROWS = 8192
-_ROUNDED_UP = 1 + 1e-12
 
 
 def with_constant(features: Float[Tensor, "batch d"]) -> Float[Tensor, "batch d_in"]:
@@ -150,7 +150,10 @@ class LogisticObjective:
 
 
 class LogisticConstants(NamedTuple):
-    """Constants of M_θ over all W, derived from the data's norms and second moments (docs/privacy_certificate.md)."""
+    """Constants of M_θ over all W, derived from the data's norms and second moments (docs/privacy_certificate.md).
+
+    In floating point too each is an upper bound, and `strong_convexity` a lower one: they are rounded outwards.
+    """
 
     largest_norm: float
     """R, the largest ‖x‖ of both sets, the constant 1 included."""
@@ -187,33 +190,37 @@ class LogisticConstants(NamedTuple):
 
 
 def logistic_constants(problem: LogisticObjective) -> LogisticConstants:
-    """Return the constants of a logistic regression's objective; λ must be above 0."""
+    """Return the constants of a logistic regression's objective, rounded outwards; λ must be above 0."""
     theta, decay, k = problem.config.theta, problem.config.weight_decay, problem.num_classes
     if not decay > 0:
         raise ValueError("weight_decay must be above 0 for a certificate: with 0 nothing is strongly convex; got 0.")
     uniform, accurate = uniformity_constants(problem.config.uniformity, k), accuracy_constants(k)
     moments = [_largest_moment(rows) for rows in (problem.protected, problem.retained)]
     norms = [torch.linalg.vector_norm(rows, dim=1) for rows in (problem.protected, problem.retained)]
-    radius = [float(norm.max()) * _ROUNDED_UP for norm in norms]
-    needed = theta * uniform.concavity * moments[0]
+    radius = [float(norm.max()) * _above(problem.retained.shape[1]) for norm in norms]
+    means = [float(norm.mean()) * _above(norm.numel() + problem.retained.shape[1]) for norm in norms]
+    few = _above(16)
+    needed = theta * uniform.concavity * moments[0] * few
     return LogisticConstants(
         largest_norm=max(radius),
         protected_moment=moments[0],
         retained_moment=moments[1],
-        protected_square=float(norms[0].square().mean()),
-        retained_square=float(norms[1].square().mean()),
+        protected_square=_mean_square(problem.protected),
+        retained_square=_mean_square(problem.retained),
         uniformity=uniform,
         accuracy=accurate,
-        accuracy_slope=accurate.slope * float(norms[1].mean()),
-        uniformity_slope=uniform.slope * float(norms[0].mean()),
-        accuracy_smoothness=accurate.smoothness * moments[1],
-        uniformity_smoothness=uniform.smoothness * moments[0],
-        smoothness=theta * uniform.smoothness * moments[0] + (1 - theta) * accurate.smoothness * moments[1] + decay,
-        hessian_lipschitz=theta * uniform.third * radius[0] * moments[0]
-        + (1 - theta) * accurate.third * radius[1] * moments[1],
+        accuracy_slope=accurate.slope * means[1] * few,
+        uniformity_slope=uniform.slope * means[0] * few,
+        accuracy_smoothness=accurate.smoothness * moments[1] * few,
+        uniformity_smoothness=uniform.smoothness * moments[0] * few,
+        smoothness=few
+        * (theta * uniform.smoothness * moments[0] + (1 - theta) * accurate.smoothness * moments[1] + decay),
+        hessian_lipschitz=few
+        * (theta * uniform.third * radius[0] * moments[0] + (1 - theta) * accurate.third * radius[1] * moments[1]),
         smallest_weight_decay=needed,
-        strong_convexity=decay - needed,
-        minimiser_radius=math.sqrt(2 * (1 - theta) * math.log(k) / decay),
+        # Where the two are close nearly all digits cancel: `needed` is an upper bound before they are subtracted.
+        strong_convexity=math.nextafter(decay - needed, -math.inf),
+        minimiser_radius=math.sqrt(2 * (1 - theta) * math.log(k) / decay) * few,
     )
 
 
@@ -224,8 +231,9 @@ def require_strong_convexity(problem: LogisticObjective, constants: LogisticCons
         ValueError: If λ is not above the smallest one that certifies, which the sentence names.
     """
     if not constants.strong_convexity > 0:
+        smallest = rounded_up(constants.smallest_weight_decay)
         raise ValueError(
-            f"weight_decay must be above {constants.smallest_weight_decay:.6g}, the smallest that certifies uniformity "
+            f"weight_decay must be above {smallest}, the smallest that certifies uniformity "
             f"{problem.config.uniformity} on these features; got {problem.config.weight_decay:g}; "
             "raise it, scale the features down, or take kl-u-p, which certifies with any."
         )
@@ -283,5 +291,20 @@ def check_labels(labels: Int[Tensor, " batch"], count: int, num_classes: int) ->
 
 
 def _largest_moment(rows: Float[Tensor, "batch d_in"]) -> float:
-    """Return the largest eigenvalue of the mean of x xᵀ, a little rounded up."""
-    return float(torch.linalg.eigvalsh(rows.T @ rows / len(rows))[-1]) * _ROUNDED_UP
+    """Return an upper bound on the largest eigenvalue of the mean of x xᵀ, a little above it.
+
+    Sums of n products are off by at most n·2⁻⁵³ times the sums of absolute values, whose matrix has a norm of at most
+    its trace, the mean ‖x‖²; eigenvalues by some d·2⁻⁵³ times the norm.
+    """
+    found = float(torch.linalg.eigvalsh(rows.T @ rows / len(rows))[-1])
+    return (found + (_above(len(rows) + rows.shape[1]) - 1) * _mean_square(rows)) * _above(1)
+
+
+def _mean_square(rows: Float[Tensor, "batch d_in"]) -> float:
+    """Return an upper bound on the mean ‖x‖², a little above it."""
+    return float(rows.square().sum()) / len(rows) * _above(rows.numel())
+
+
+def _above(roundings: int) -> float:
+    """Return a factor that makes up for that many roundings, four times over."""
+    return 1 + 4 * (roundings + 8) * _UNIT

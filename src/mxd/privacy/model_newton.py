@@ -202,7 +202,9 @@ def _refusal(objective: ModelObjective, after: Float[Tensor, " p"], config: Cert
         "M_θ must be strongly convex, with one minimiser; this model's logits are not known to be linear in its "
         "weights, so no weight_decay is proved to suffice; certify_logistic certifies a single linear layer.",
     )
-    return Certificate(epsilon=config.epsilon, delta=config.delta, constants=constants, bounds=bounds, unmet=unmet)
+    return Certificate(
+        epsilon=config.epsilon, delta=config.delta, constants=constants, bounds=bounds, noise="secret", unmet=unmet
+    )
 
 
 def _in_float64(examples: Examples) -> Examples:
