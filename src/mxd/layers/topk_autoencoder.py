@@ -114,8 +114,8 @@ class TopKAutoencoder(SparseLayer):
 
     def add_to_output_(self, vector: Float[Tensor, " d_in"]) -> None:
         """Add to the output bias, and to the encoder's what keeps the scores: the input has the former taken off."""
-        self.b_enc += vector @ self.W_enc
-        self.b_dec += vector
+        self.b_enc.add_(vector @ self.W_enc)
+        self.b_dec.add_(vector)
 
     def unit_length_tables(self) -> tuple[nn.Parameter, ...]:
         """Return the decoder where it is kept normalised."""
