@@ -6,8 +6,8 @@
 Stopped at any moment it goes on where it was when it is called again; finished runs are read. Within a family the
 recipes differ in the MLPs alone: equal data in equal order, equal steps, ranks that match the dense MLPs' parameters.
 
-`--controls` adds dense models, one seed each, that ask whether a difference is one of the start or of the learning
-rate: MLPs drawn uniformly with bound 1/√d_in as the mixtures' factors are, and twice the rate.
+`--controls` adds dense language models that ask how much of a difference is one of the start: MLPs drawn uniformly with
+bound 1/√d_in, as the mixtures' factors are, in place of GPT-2's normal distribution.
 """
 
 import argparse
@@ -31,8 +31,13 @@ from mxd.pretraining.surgery import find_mlps
 from mxd.runs.metrics_log import read_metrics
 from mxd.runs.run import is_run, read_configuration
 
-CONTROLS = {"dense, drawn as the factors": 1.0, "dense, twice the rate": 2.0}
-STYLES = {"dense": ("Dense MLPs", "#667080"), "cp": ("CP experts", "#0072b2"), "tr": ("Tensor-ring experts", "#d55e00")}
+CONTROL = "dense, drawn as the factors"
+STYLES = {
+    "dense": ("Dense MLPs", "#667080"),
+    CONTROL: ("Dense, drawn as the factors", "#e69f00"),
+    "cp": ("CP experts", "#0072b2"),
+    "tr": ("Tensor-ring experts", "#d55e00"),
+}
 
 
 def main() -> None:
@@ -58,8 +63,9 @@ def main() -> None:
                 config = replace(config, images=str(args.images))
             train(config, out)
             results[kind].append(out)
-    controls = train_controls(args.family, args.runs, args.threads) if args.controls else {}
-    report(args.family, results, controls, described)
+    if args.controls:
+        results[CONTROL] = [train_control(seed, args.runs, args.threads) for seed in range(args.seeds)]
+    report(args.family, results, described)
 
 
 def train(config: PretrainConfig, out: Path, *, as_factors: bool = False) -> None:
@@ -69,15 +75,12 @@ def train(config: PretrainConfig, out: Path, *, as_factors: bool = False) -> Non
     run_plan(plan, out, resume=True, snapshot_every=60.0)
 
 
-def train_controls(family: str, runs: Path, threads: int) -> dict[str, Path]:
-    """Train the dense controls of the language models; images have none."""
-    folders: dict[str, Path] = {}
-    for name, factor in CONTROLS.items() if family == "stdlib" else ():
-        config = find_recipe("stdlib-dense")
-        changed = replace(config.optimization, lr=factor * config.optimization.lr, threads=threads)
-        folders[name] = runs / f"stdlib-{name.replace(', ', '-').replace(' ', '-')}"
-        train(replace(config, optimization=changed), folders[name], as_factors="factors" in name)
-    return folders
+def train_control(seed: int, runs: Path, threads: int) -> Path:
+    config = find_recipe("stdlib-dense")
+    optimization = replace(config.optimization, seed=seed, threads=threads)
+    out = runs / f"stdlib-dense-as-factors-seed{seed}"
+    train(replace(config, optimization=optimization), out, as_factors=True)
+    return out
 
 
 @torch.no_grad()
@@ -90,22 +93,13 @@ def draw_as_factors(model: nn.Module) -> None:
                 weight.uniform_(-(weight.shape[0] ** -0.5), weight.shape[0] ** -0.5, generator=generator)
 
 
-def report(
-    family: str,
-    runs: Mapping[str, Sequence[Path]],
-    controls: Mapping[str, Path],
-    described: Mapping[str, object],
-) -> None:
+def report(family: str, runs: Mapping[str, Sequence[Path]], described: Mapping[str, object]) -> None:
     found = {
         kind: [json.loads((run / RESULT_FILE).read_text(encoding="utf-8")) for run in folders]
         for kind, folders in runs.items()
     }
     measure = "accuracy" if family == "mnist" else "held_out_loss"
-    rows = [row(found[kind], found["dense"], runs[kind], measure) for kind in KINDS]
-    for name, folder in controls.items():
-        results = [json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))]
-        rows.append(row(results, found["dense"][:1], [folder], measure) | {"MLPs": name})
-        found[name] = results
+    rows = [row(results, found["dense"], runs[kind], measure) | {"MLPs": kind} for kind, results in found.items()]
     print_table(rows, family)
     seeds = len(runs["dense"])
     title = (
@@ -114,7 +108,8 @@ def report(
         else "A GPT-2 on the standard library, pre-trained with three kinds of MLP"
     )
     unit = "images" if family == "mnist" else "tokens"
-    subtitle = f"{found['dense'][0][unit]:,} {unit}, matched parameters; {seeds} seeds, mean and range"
+    spread = "one seed" if seeds == 1 else f"{seeds} seeds, mean and range"
+    subtitle = f"{found['dense'][0][unit]:,} {unit}, matched parameters; {spread}"
     with figure(6.4, 3.6, title=title, subtitle=subtitle, legend=True) as drawing:
         panel = drawing.subplots()
         for kind, folders in runs.items():

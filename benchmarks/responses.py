@@ -48,9 +48,9 @@ def draw_patches(found: dict[str, Tensor], test: Tensor) -> bytes:
     layers = list(found)
     generator = torch.Generator().manual_seed(0)
     title = "What the experts of each layer of a Mixer respond to (MNIST, 16 CP experts)"
-    subtitle = "test images of the top hundredth by mean coefficient; patches with a ≥ 0.5 in orange (channel-mixing)"
+    subtitle = "test images of the top hundredth by mean coefficient; patches with a ≥ 0.5 in orange (across channels)"
     with figure(9.0, 0.62 * len(layers) * 2, title=title, subtitle=subtitle) as drawing:
-        panels = drawing.subplots(len(layers) * 2, SHOWN * 2, squeeze=False)
+        panels = drawing.subplots(len(layers) * 2, SHOWN * 2, squeeze=False, gridspec_kw={"hspace": 0.25})
         for place, layer in enumerate(layers):
             use = found[layer].mean(1)
             for number, expert in enumerate(use.std(0).topk(EXPERTS).indices.tolist()):
@@ -61,8 +61,16 @@ def draw_patches(found: dict[str, Tensor], test: Tensor) -> bytes:
                 for cell, image in zip(cells, picked, strict=True):
                     strong = found[layer][image, :, expert] >= STRONG if "channels" in layer else None
                     draw_image(cell, test[image, 0], strong)
-                cells[0].set_title(f"{layer.removeprefix('blocks.').replace('.mlp_', ' ')}, expert {expert}", size=7)
+                # A title would make its column as wide as itself.
+                label, place_of = f"{named(layer)}, expert {expert}", cells[0].transAxes
+                cells[0].text(0, 1.06, label, transform=place_of, size=7).set_in_layout(False)
         return png(drawing)
+
+
+def named(layer: str) -> str:
+    """Return where a Mixer's layer is, in words."""
+    _, block, module = layer.split(".")
+    return f"block {block}, {'across patches' if module == 'mlp_tokens' else 'across channels'}"
 
 
 def draw_image(cell: Any, image: Tensor, strong: Tensor | None) -> None:
