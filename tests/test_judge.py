@@ -1,12 +1,14 @@
 """Judges behind a real HTTP server: when they answer, and in every way in which they do not."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mxd.judge import Endpoint, Failure, Judge, JudgeConfig, Question, read_explanation, read_scores, read_verdicts
+from mxd.judge.interpretation import DETECT, EXPLAIN, FUZZ
 from mxd.steering.experiment import SteeredRow
 from mxd.steering.judged import SYSTEM, judge_rows, steering_question
 from tests.judge_server import JudgeServer, Reply, judge_server
@@ -190,6 +192,12 @@ def test_openais_own_key_goes_to_openai_only(tmp_path: Path, monkeypatch: pytest
         assert server.keys == ["Bearer none"]
 
 
+def test_without_its_package_a_judge_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with pytest.raises(ValueError, match=r"pip install mxd\[judge\]"):
+        judge("http://localhost/v1", tmp_path)
+
+
 def row(latent: int, *texts: str) -> SteeredRow:
     return SteeredRow(
         student="3/mxd-k8",
@@ -238,8 +246,6 @@ def test_an_explanation_is_one_line_of_printable_words() -> None:
 
 def test_the_documents_have_the_exact_prompts() -> None:
     document = (Path(__file__).parents[1] / "docs/steering.md").read_text(encoding="utf-8")
-    from mxd.judge.interpretation import DETECT, EXPLAIN, FUZZ
-
     for prompt in (SYSTEM, EXPLAIN, DETECT, FUZZ):
         assert prompt in document
     assert steering_question(["a"]).system == SYSTEM

@@ -213,7 +213,7 @@ class SparseLayer(nn.Module, ABC):
         bias = getattr(self, "b_dec", None)
         if not isinstance(bias, nn.Parameter):
             raise ValueError(f"A constant is added to a prediction through its bias, b_dec; {self.kind} has none.")
-        bias += vector
+        bias.add_(vector)
 
     @abstractmethod
     def input_maps(self) -> tuple[LinearMap, ...]:
