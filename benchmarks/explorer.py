@@ -11,7 +11,8 @@ of this process's own processor time are given too, which other work on the mach
 Pages: the collected latents five times over, 100,000 in all, are served by `mxd explore` to a real Chromium. A page has
 opened when all of it, with its data, has been drawn: the first frame after the page has put its content in place. Each
 time the whole document is loaded anew, in a tab that showed something else of the same server, so that the start of a
-process of the browser's own for a new site is not counted.
+process of the browser's own for a new site is not counted. Processor milliseconds are those of the page's process and
+of the server together (searches include opening the map first).
 """
 
 import itertools
@@ -24,10 +25,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import tyro
@@ -72,6 +75,8 @@ class Options:
     """Times that each page is opened."""
     chromium: str = shutil.which("chromium") or ""
     """The browser."""
+    keep: Path | None = None
+    """Folder to leave the run and its database in; where they are there already, only the pages are timed."""
     name: str = "explorer_cpu"
     """Name of the report in results/."""
 
@@ -131,8 +136,37 @@ def multiply(run: Path) -> None:
         )
 
 
-def opening_times(options: Options, run: Path) -> dict[str, list[float]]:
-    """Return the milliseconds after which each page was drawn, each time it was opened."""
+class Opened(NamedTuple):
+    """How a page opened, each time."""
+
+    milliseconds: list[float]
+    processor: float
+    """Milliseconds of a processor that the page's process and the server took, on average."""
+
+
+class Processors:
+    """How much of a processor the page and the server have had."""
+
+    def __init__(self, page: Page, server: int) -> None:
+        self._devtools = page.context.new_cdp_session(page)
+        self._devtools.send("Performance.enable")
+        self._server = Path(f"/proc/{server}/stat")
+
+    def milliseconds(self) -> float:
+        found = {entry["name"]: entry["value"] for entry in self._devtools.send("Performance.getMetrics")["metrics"]}
+        ticks = self._server.read_text().rpartition(")")[2].split()[11:13] if self._server.exists() else []
+        return 1000 * float(found["ProcessTime"]) + 1000 * sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
+
+
+def repeated(processors: Processors, rounds: int, once: Callable[[], float]) -> Opened:
+    once()
+    before = processors.milliseconds()
+    times = [once() for _ in range(rounds)]
+    return Opened(times, (processors.milliseconds() - before) / rounds)
+
+
+def opening_times(options: Options, run: Path) -> dict[str, Opened]:
+    """Return how each page opened, the first time left out."""
     command = [sys.executable, "-m", "mxd", "explore", str(run), "--port", "8921"]
     server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert server.stderr is not None
@@ -149,11 +183,15 @@ def opening_times(options: Options, run: Path) -> dict[str, list[float]]:
                 "steering bench": f"#/steer/{STUDENT}/{busiest(run)}",
                 "run": f"#/run/{STUDENT}",
             }
+            processors = Processors(page, server.pid)
+            page.goto(url)
             times = {
-                name: [open_once(page, url + route) for _ in range(options.rounds)] for name, route in routes.items()
+                name: repeated(processors, options.rounds, partial(open_once, page, url + route))
+                for name, route in routes.items()
             }
-            times["search on the map (token)"] = [search_once(page, url, "self") for _ in range(options.rounds)]
-            times["search on the map (text)"] = [search_once(page, url, "if not isinst") for _ in range(options.rounds)]
+            for name, query in {"token": "self", "text": "if not isinst"}.items():
+                search = partial(search_once, page, url, query)
+                times[f"search on the map ({name})"] = repeated(processors, options.rounds, search)
             browser.close()
     finally:
         server.terminate()
@@ -193,64 +231,68 @@ def search_once(page: Page, url: str, query: str) -> float:
     return float(page.evaluate("() => window.foundAt - window.typedAt"))
 
 
-def main(options: Options) -> None:
-    torch.set_num_threads(1)
+def time_collecting(options: Options, run: Path) -> None:
     described = machine()
-    with tempfile.TemporaryDirectory() as folder:
-        run = make_run(Path(folder))
-        wall, processor = time.perf_counter(), time.process_time()
-        config = CollectConfig(text=("stdlib",), tokens=options.tokens)
-        collect(run, run / "explorer.sqlite", config, Console(stderr=True))
-        whole = time.perf_counter() - wall, time.process_time() - processor
-        size = (run / "explorer.sqlite").stat().st_size
-        with closing(sqlite3.connect(run / "explorer.sqlite")) as connection:
-            text_bytes = connection.execute("SELECT sum(length(tokens) + length(text)) FROM contexts").fetchone()[0]
-            fired = connection.execute("SELECT count(*) FROM latents WHERE firings > 0").fetchone()[0]
-        parts = unavoidable(run, options.tokens)
-        both = [sum(pair[place] for pair in parts.values()) for place in range(2)]
-        multiply(run)
-        large = (run / "explorer.sqlite").stat().st_size
-        times = opening_times(options, run)
+    wall, processor = time.perf_counter(), time.process_time()
+    config = CollectConfig(text=("stdlib",), tokens=options.tokens)
+    collect(run, run / "explorer.sqlite", config, Console(stderr=True))
+    whole = time.perf_counter() - wall, time.process_time() - processor
+    size = (run / "explorer.sqlite").stat().st_size
+    with closing(sqlite3.connect(run / "explorer.sqlite")) as connection:
+        text_bytes = connection.execute("SELECT sum(length(tokens) + length(text)) FROM contexts").fetchone()[0]
+        fired = connection.execute("SELECT count(*) FROM latents WHERE firings > 0").fetchone()[0]
+    parts = unavoidable(run, options.tokens)
+    both = [sum(pair[place] for pair in parts.values()) for place in range(2)]
     rows: list[dict[str, object]] = [
-        {"what": "model pass", "s": parts["model"][0], "processor s": parts["model"][1]},
-        {"what": "layer's step", "s": parts["layer"][0], "processor s": parts["layer"][1]},
-        {"what": "collecting, all of it", "s": whole[0], "processor s": whole[1]},
-        {"what": "collecting / (pass + step)", "s": whole[0] / both[0], "processor s": whole[1] / both[1]},
-    ]
-    pages: list[dict[str, object]] = [
-        {"page": name, "fastest ms": min(found), "median ms": statistics.median(found), "slowest ms": max(found)}
-        for name, found in times.items()
+        {"what": "model pass, s", "wall": parts["model"][0], "processor": parts["model"][1]},
+        {"what": "layer's step, s", "wall": parts["layer"][0], "processor": parts["layer"][1]},
+        {"what": "collecting, s", "wall": whole[0], "processor": whole[1]},
+        {"what": "collecting / (pass + step)", "wall": whole[0] / both[0], "processor": whole[1] / both[1]},
     ]
     details = {
-        "tokens": options.tokens, "latents": LATENTS, "k": K, "latents that fired": fired,
-        "database MB": size / 1e6, "of it text MB": text_bytes / 1e6, "database of the pages MB": large / 1e6,
-        "latents of the pages": COPIES * LATENTS, "rounds": options.rounds,
+        "tokens": options.tokens, "latents": LATENTS, "k": K, "latents that fired": fired, "database MB": size / 1e6,
+        "of it text MB": text_bytes / 1e6, "load_average_after": round(os.getloadavg()[0], 2),
+    }  # fmt: skip
+    title = f"mxd explore: {LATENTS:,} latents ({fired:,} fire) over {options.tokens:,} tokens: {size / 1e6:.0f} MB"
+    print_table(rows, title)
+    write_report(options.name, title, rows, described, details)
+
+
+def time_pages(options: Options, run: Path) -> None:
+    described = machine()
+    with closing(sqlite3.connect(run / "explorer.sqlite")) as connection:
+        counts = connection.execute("SELECT count(*), sum(firings > 0) FROM latents").fetchone()
+    times = opening_times(options, run)
+    rows: list[dict[str, object]] = [
+        {
+            "page": name,
+            "fastest ms": min(found.milliseconds),
+            "median ms": statistics.median(found.milliseconds),
+            "slowest ms": max(found.milliseconds),
+            "processor ms": found.processor,
+        }
+        for name, found in times.items()
+    ]
+    size = (run / "explorer.sqlite").stat().st_size
+    each = {name: found.milliseconds for name, found in times.items()}
+    details = {
+        "rounds": options.rounds, "database MB": size / 1e6, "latents that fired": counts[1], "each": each,
         "load_average_after": round(os.getloadavg()[0], 2),
     }  # fmt: skip
-    print_table(rows, f"collecting {LATENTS:,} latents over {options.tokens:,} tokens: {size / 1e6:.0f} MB")
-    print_table(pages, f"opening pages of {COPIES * LATENTS:,} latents")
-    for row in rows:
-        row |= {"unit": "s" if "/" not in str(row["what"]) else ""}
-    write_report(options.name, title(options, size), [*map(line, rows), *map(page_line, pages)], described, details)
+    title = f"mxd explore: opening pages of {counts[0]:,} latents in Chromium"
+    print_table(rows, title)
+    write_report(f"{options.name}_pages", title, rows, described, details)
 
 
-def title(options: Options, size: int) -> str:
-    return (
-        f"mxd explore: {LATENTS:,} latents over {options.tokens:,} tokens, {size / 1e6:.0f} MB; "
-        f"pages of {COPIES * LATENTS:,} latents"
-    )
-
-
-def line(row: dict[str, object]) -> dict[str, object]:
-    return {"what": row["what"], "unit": row["unit"], "wall": row["s"], "processor": row["processor s"]} | _NO_PAGE
-
-
-def page_line(row: dict[str, object]) -> dict[str, object]:
-    times = {name: row[f"{name} ms"] for name in ("fastest", "median", "slowest")}
-    return {"what": f"page: {row['page']}", "unit": "ms", "wall": "", "processor": ""} | times
-
-
-_NO_PAGE: dict[str, object] = {"fastest": "", "median": "", "slowest": ""}
+def main(options: Options) -> None:
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder) if options.keep is None else options.keep
+        if not (run / "run").exists():
+            make_run(run)
+            time_collecting(options, run / "run")
+            multiply(run / "run")
+        time_pages(options, run / "run")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import pytest
 
 from mxd.explorer.database import Label, write_label
 from mxd.explorer.export import export
+from mxd.explorer.rows import map_data
 from tests.exploring import STUDENTS, Served, explored, library_of, served
 from tests.tiny_run import copied
 
@@ -203,6 +204,35 @@ def test_a_typed_text_and_the_bench(server: Served, page: "Page") -> None:
     assert all(text.startswith("the cat") and len(text) > 7 for text in both)
     shoot(page, "tiny-steer")
     unbroken(page)
+
+
+def test_the_map_draws_and_finds_tens_of_thousands_of_dots(
+    tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, page: "Page"
+) -> None:
+    run, count = copied(explored(tmp_path_factory.getbasetemp()), tmp_path / "large"), 30_000
+    with closing(sqlite3.connect(run / "explorer.sqlite")) as connection, connection:
+        columns = [row[1] for row in connection.execute("PRAGMA table_info(latents)")]
+        shifted = ", ".join("number" if name == "latent" else name for name in columns)
+        connection.execute(
+            f"WITH RECURSIVE numbers(number) AS (SELECT 1000 UNION ALL SELECT number + 1 FROM numbers WHERE number < "
+            f"{count + 999}) INSERT INTO latents SELECT {shifted} FROM numbers, latents WHERE student = 0 AND latent = "
+            f"{loudest(run)}"
+        )
+        connection.execute("UPDATE students SET map = ?", (json.dumps(map_data(connection, 0)),))
+        alive = connection.execute("SELECT count(*) FROM latents WHERE student = 0 AND firings > 0").fetchone()[0]
+    with served(run) as server:
+        visit(page, server.url)
+        assert page.get_attribute("html", "data-drawn") == str(alive)
+        drawn = """() => {
+          const canvas = document.getElementById("map"), context = canvas.getContext("2d");
+          const { data } = context.getImageData(canvas.width / 2, 0, canvas.width / 2 - 20, canvas.height - 60);
+          let blue = 0;
+          for (let place = 0; place < data.length; place += 4) blue += data[place + 2] > data[place] + 40;
+          return blue;
+        }"""
+        assert page.evaluate(drawn) > 0
+        page.locator(".results a").first.click()
+        page.wait_for_selector("article .example")
 
 
 def test_every_page_fits_a_phone(server: Served, hostile: Path, browser: "Browser") -> None:

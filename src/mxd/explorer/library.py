@@ -23,7 +23,7 @@ from mxd.explorer.database import (
 FOUND_AT_MOST = 60
 """Latents that a search returns."""
 
-_CONTEXTS_SEARCHED = 400
+_CONTEXTS_SEARCHED = 200
 _FAR = 4
 """Tokens between a text and an activation above which they have nothing to do with each other."""
 
@@ -145,8 +145,9 @@ class Library:
                 *self._by_number(connection, number, query.strip()),
                 *self._by_label(connection, student, query.strip().lower()),
                 *_by_token(connection, number, query),
-                *_by_text(connection, number, query),
             ]
+            if len({latent for latent, _, _ in found}) < FOUND_AT_MOST:
+                found += _by_text(connection, number, query)
         best: dict[int, JSON] = {}
         for latent, why, what in found:
             best.setdefault(latent, {"latent": latent, "why": why, "what": what})
