@@ -112,7 +112,8 @@ def certify(
 ) -> None:
     """Make a saved logistic regression uncertain by a Newton step, with noise and an (epsilon, delta) certificate.
 
-    Writes OUT/model (the weights that may be released), OUT/certificate.json, OUT/privacy.json and OUT/report.html.
+    Writes OUT/model and OUT/certificate.json, which may be released, OUT/privacy.json, OUT/report.html, which shows
+    protected instances, and OUT/owner-only.json with what depends on the weights without noise.
     What does not certify is refused, and nothing is written.
 
     Args:

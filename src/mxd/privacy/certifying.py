@@ -110,7 +110,8 @@ def certify_model(model: nn.Module, protected: Examples, retained: Examples, con
 def certify_into(out: Path, request: PrivacyRequest, config: CertifyConfig, *, footer: str = "") -> CertifyOutcome:
     """Certify a logistic regression, and write the model, `certificate.json`, `privacy.json` and `report.html`.
 
-    These may be published. `owner-only.json` may not: it has what depends on the weights without noise.
+    Model and certificate may be published, and the numbers of `privacy.json`. The page shows protected instances, and
+    `owner-only.json` has what depends on the weights without noise: both stay with the owner.
 
     Raises:
         ValueError: If the folder is not new or empty, or as `certify_model` does; nothing is written then.

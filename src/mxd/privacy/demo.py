@@ -126,7 +126,7 @@ def _certified(out: Path, data: DemoData) -> tuple[Section, str]:
     after = with_weights(before, step.released)
     folder = out / "logistic-regression"
     save_classifier(folder, config, after)
-    write_json_atomically(folder / CERTIFICATE_FILE, step.certificate.to_json())
+    write_json_atomically(folder / CERTIFICATE_FILE, step.certificate.public_json())
     note = step.certificate.statement()
     return _section("Logistic regression, certified Newton step", before, after, data, note)._replace(
         facts=certificate_facts(step.certificate), facts_heading="What the certificate rests on"
