@@ -301,6 +301,13 @@ def test_a_softmax_gate_has_no_zeros_and_a_batch_gate_knows_its_statistics() -> 
     expected = (scores - scores.mean(0)) / (scores.var(0, unbiased=False) + 1e-5).sqrt()
     assert_near(batch.train().scores(x.view(4, 16, 4))[0].flatten(0, 1), expected)
     assert_near(batch.norms[0].get_buffer("running_mean"), 0.1 * scores.mean(0))
+    assert_near(batch.norms[0].get_buffer("running_var"), 0.9 + 0.1 * scores.var(0))
+    (gradient,) = torch.autograd.grad(batch.scores(x)[0].square().mul(torch.arange(5)).sum(), batch.W_gate[0])
+    (wanted,) = torch.autograd.grad(
+        ((scores - scores.mean(0)) / (scores.var(0, unbiased=False) + 1e-5).sqrt()).square().mul(torch.arange(5)).sum(),
+        batch.W_gate[0],
+    )
+    assert_near(gradient, wanted, 1e-9)
 
 
 @pytest.mark.parametrize("normalization", ["layer", "batch"])

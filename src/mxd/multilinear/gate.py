@@ -50,9 +50,11 @@ class ScoreBatchNorm(nn.BatchNorm1d):
             input, wide_mean, wide_variance, training=self.training, momentum=self.momentum or 0.0, eps=self.eps
         )
         if self.training:
-            mean.copy_(wide_mean)
-            variance.copy_(wide_variance)
             self.get_buffer("num_batches_tracked").add_(1)
+            # Otherwise they are the statistics themselves, which the operation has moved.
+            if mean.dtype != input.dtype:
+                mean.copy_(wide_mean)
+                variance.copy_(wide_variance)
         return result
 
 

@@ -110,7 +110,7 @@ def stdlib(kind: Kind) -> LanguageConfig:
         eval_tokens=32_768,
         eval_every=50,
         mlp=MlpChoice(kind=kind, num_experts=(64,)),
-        optimization=Optimization(lr=STDLIB_LR, final_lr=STDLIB_LR / 10, warmup_steps=20),
+        optimization=Optimization(lr=STDLIB_LR, final_lr=3e-4, warmup_steps=20),
     )
 
 
