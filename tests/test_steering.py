@@ -21,6 +21,7 @@ from mxd.steering.sampling import FrequencyPenalty, Sampling, prompt_tokens, sam
 from mxd.steering.scores import likeness, moved, read_texts, reference_logits
 from mxd.steering.side_effects import side_effects
 from mxd.steering.steer import steer
+from tests.judge_server import Reply, judge_server
 from tests.test_generation import mxd
 from tests.test_models import build
 from tests.tiny_model import BOS
@@ -256,6 +257,42 @@ def test_mxd_steer_writes_its_files_and_goes_on_where_it_was(
     before = (tmp_path / "rows.jsonl").read_bytes()
     assert run("steer", tiny.run, *STEER, "--out", tmp_path).status == 0
     assert (tmp_path / "rows.jsonl").read_bytes() == before
+
+
+def test_mxd_steer_lists_what_a_judge_did_not_score_and_asks_for_that_again(
+    tiny: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("MXD_JUDGE_KEY", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    run, copy = command(capsys), copied(tiny.run, tmp_path / "run")
+    good = Reply('{"coherence": 0.5, "fluency": 1}')
+    with judge_server(lambda request: good if len(server.asked) != 2 else Reply("?")) as server:
+        words = (
+            "steer",
+            copy,
+            "--latents",
+            "0-2",
+            "--samples",
+            2,
+            "--new-tokens",
+            3,
+            "--student",
+            "0/mxd-k4",
+            "--json",
+        )
+        words = (*words, "--judge", server.url, "m", "--judge-retries", 0, "--judge-at-once", 1)
+        first = run(*words)
+        assert first.status == 0, first.err
+        assert [one["fluency"] for one in json.loads(first.out)["judged"]] == [1, None, 1]
+        assert "m: 3 calls, about " in first.err
+        assert "m has no scores for latent 1 of 0/mxd-k4: answered what is no answer: '?'." in first.err
+        second = run(*words)
+        assert [one["fluency"] for one in json.loads(second.out)["judged"]] == [1, 1, 1]
+        assert len(server.asked) == 4
+    assert (
+        json.loads((copy / "steering/steering.json").read_text())["students"][0]["scores"]["coherence, m"]["mean"]
+        == 0.5
+    )
 
 
 def test_several_latents_are_steered_at_once_each_in_its_own_units(experiment: Experiment) -> None:
