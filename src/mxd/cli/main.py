@@ -39,17 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     name = f"mxd {given[0]}" if given and not given[0].startswith("-") else "mxd"
     try:
         if given[:1] == ["privacy"]:
-            # Loaded here alone: it needs scikit-learn, which no other command should wait for.
-            from mxd.cli.privacy import privacy_commands
-
             name = " ".join([name, *(word for word in given[1:2] if not word.startswith("-"))])
-            tyro.extras.subcommand_cli_from_dict(
-                privacy_commands(recipe_named(given[1:])),
-                prog="mxd privacy",
-                description="Make a model's weights uncertain on protected instances, and measure what it is worth.",
-                args=given[1:] or ["--help"],
-                registry=COUNTS,
-            )
+            _run_privacy(given[1:], recipe_named(given[1:]))
             sys.exit(DONE)
         recipes = {command: recipe_named(given[1:]) for command in ("train", "pretrain") if given[:1] == [command]}
         if LIST in recipes.values():
@@ -86,6 +77,20 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         remedy = "ask for fewer or smaller layers, or lower --batch-tokens, --buffer-tokens or --context"
         _fail(name, f"what was asked for must fit in memory; it does not ({error}); {remedy}.", CANNOT_BE_MET, error)
     sys.exit(DONE)
+
+
+def _run_privacy(given: list[str], recipe: str | None) -> None:
+    # Loaded here alone: it needs scikit-learn, which no other command should wait for.
+    from mxd.cli.numbers import COUNTS
+    from mxd.cli.privacy import privacy_commands
+
+    tyro.extras.subcommand_cli_from_dict(
+        privacy_commands(recipe),
+        prog="mxd privacy",
+        description="Make a model's weights uncertain on protected instances, and measure what it is worth.",
+        args=given or ["--help"],
+        registry=COUNTS,
+    )
 
 
 def _privacy() -> None:

@@ -130,7 +130,7 @@ def certify(
         return
     _show_measures({"before": outcome.before, "without noise": outcome.without_noise, "after": outcome.after})
     _say(outcome.step.certificate.statement())
-    _say(f"Wrote {out}/model, certificate.json, privacy.json and report.html.")
+    _say(f"Wrote {out}/model, certificate.json, privacy.json, report.html and owner-only.json.")
 
 
 def evaluate(

@@ -245,26 +245,7 @@ def sweep_into(
         induce_into(out / f"theta-{one.objective.theta:g}", request, one, resume=resume, footer=footer)
         for one in configs
     ]
-    measured_on = "validation" if request.optional("test") is None else "test"
-
-    def accuracy(measures: PrivacyMeasures, validation: float) -> float:
-        return validation if measures.test is None else measures.test.accuracy
-
-    first = outcomes[0]
-    given = FrontPoint(
-        None,
-        first.before.protected.confidence_distance,
-        accuracy(first.before, first.induced.checks[0].validation_accuracy),
-    )
-    points = [
-        FrontPoint(
-            theta,
-            outcome.after.protected.confidence_distance,
-            accuracy(outcome.after, outcome.induced.chosen.validation_accuracy),
-        )
-        for theta, outcome in zip(thetas, outcomes, strict=True)
-    ]
-    front = Front((given, *points), measured_on)
+    front = _front_of(thetas, outcomes)
     write_front(front, out)
     best = min(outcomes, key=lambda outcome: outcome.induced.chosen.confidence_distance)
     section = Section(
@@ -292,3 +273,24 @@ def sweep_into(
         footer=footer,
     )
     return front
+
+
+def _front_of(thetas: Sequence[float], outcomes: Sequence[InduceOutcome]) -> Front:
+    def accuracy(measures: PrivacyMeasures, validation: float) -> float:
+        return validation if measures.test is None else measures.test.accuracy
+
+    first = outcomes[0]
+    given = FrontPoint(
+        None,
+        first.before.protected.confidence_distance,
+        accuracy(first.before, first.induced.checks[0].validation_accuracy),
+    )
+    points = [
+        FrontPoint(
+            theta,
+            outcome.after.protected.confidence_distance,
+            accuracy(outcome.after, outcome.induced.chosen.validation_accuracy),
+        )
+        for theta, outcome in zip(thetas, outcomes, strict=True)
+    ]
+    return Front((given, *points), "validation" if first.before.test is None else "test")
