@@ -8,8 +8,7 @@ one reads it. Clocks around the parts of the second run's loop add up: the stude
 (and in it the checksums of shards that this process opens for the first time) and gathering a batch from it. The rest
 is the loop itself. The student's step is timed alone too, right after, again and again on one batch: on random numbers
 with fresh weights, on the run's last batch with fresh weights, and on that batch with the weights that the run ended
-with. What separates the first from the second is the data, the second from the third what was learnt, and the third
-from the run that its memory is warm.
+with. What separates the first from the second is the data, the second from the third what was learnt.
 """
 
 import functools
@@ -18,6 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
 import torch
 import tyro
@@ -54,7 +54,8 @@ class Clock:
     """Adds up the seconds inside methods that it wraps."""
 
     def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
+        self.calls: dict[str, list[float]] = {}
+        """Seconds of each call of each part."""
         self.last: dict[str, tuple[object, ...]] = {}
         """Arguments of the last call of each part."""
 
@@ -66,7 +67,7 @@ class Clock:
             started = time.perf_counter()
             result = inner(*args, **options)
             self.last[name] = args
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+            self.calls.setdefault(name, []).append(time.perf_counter() - started)
             return result
 
         setattr(owner, method, timed)
@@ -94,7 +95,7 @@ def step_alone(student: Student, x: Tensor, target: Tensor, rounds: int = 15) ->
         started = time.perf_counter()
         student.step(step, x, target, is_content, lr_factor=1.0, autocast=torch.bfloat16)
         seconds.append(time.perf_counter() - started)
-    return sorted(seconds)[rounds // 2]
+    return median(seconds)
 
 
 def steps_alone(last: tuple[object, ...]) -> dict[str, float]:
@@ -136,7 +137,8 @@ def main(options: Options) -> None:
         started = time.perf_counter()
         decompose(plan, folder / "reading")
         whole = time.perf_counter() - started
-    spent = clock.seconds
+    spent = {name: sum(calls) for name, calls in clock.calls.items()}
+    steps = clock.calls["student's step"]
     parts = {
         "student's step": spent["student's step"],
         "checksums": spent["checksums"],
@@ -147,6 +149,14 @@ def main(options: Options) -> None:
     rows: list[dict[str, object]] = [
         {"part": part, "ms a batch": 1000 * seconds / plan.steps, "share": seconds / whole}
         for part, seconds in parts.items()
+    ]
+    rows += [
+        {"part": f"(the run's steps: {which})", "ms a batch": 1000 * seconds, "share": ""}
+        for which, seconds in (
+            ("the first", steps[0]),
+            ("the median", median(steps)),
+            ("the slowest other", max(steps[1:])),
+        )
     ]
     alone = steps_alone(clock.last["student's step"])
     rows += [{"part": part, "ms a batch": 1000 * seconds, "share": ""} for part, seconds in alone.items()]
