@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from pyarrow import csv, parquet
-from torch import Tensor, nn
+from torch import Tensor
 
 from mxd.models.loading import load_tokenizer
 from mxd.privacy.classifiers import (
@@ -28,7 +28,6 @@ from mxd.privacy.examples import IGNORED, Examples, predict, predict_all, requir
 from mxd.privacy.inducing import induce_uncertainty
 from mxd.privacy.measures import measure_set
 from mxd.privacy.objective import ObjectiveConfig
-from mxd.privacy.recipes import PRIVACY_RECIPES, find_privacy_recipe
 from mxd.privacy.saved_models import load_model
 from mxd.privacy.text_examples import TextReader, continuation_examples, sequence_examples, word_examples
 from mxd.privacy.tuning import InduceConfig
@@ -398,39 +397,3 @@ def test_models_of_other_kinds_are_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"architectures": ["BertForSequenceClassification"]}))
     with pytest.raises(ValueError, match="must hold a model that transformers can load from safetensors"):
         load_model(str(tmp_path))
-
-
-def test_the_papers_settings_stand_in_the_recipes() -> None:
-    table = {
-        name: (
-            recipe.config.objective.theta,
-            recipe.config.lr,
-            recipe.config.steps,
-            recipe.config.objective.weight_decay,
-            recipe.config.min_accuracy,
-            recipe.protected,
-        )
-        for name, recipe in PRIVACY_RECIPES.items()
-    }
-    assert table == {
-        "cifar10-resnet50": (0.75, 0.1, 200, 5e-4, 0.87, 100),
-        "cifar10-resnet50-theta95": (0.95, 0.1, 200, 5e-4, 0.80, 100),
-        "cifar100-resnet50": (0.75, 0.1, 200, 5e-4, 0.87, 5000),
-        "cifar100-resnet50-theta95": (0.95, 0.1, 100, 5e-4, 0.87, 100),
-        "cifar100-vit-b16": (0.75, 1e-3, 60, 0.05, 0.86, 100),
-    }
-    for recipe in PRIVACY_RECIPES.values():
-        assert (recipe.config.optimizer, recipe.config.momentum, recipe.config.schedule) == ("sgd", 0.9, "step")
-        assert recipe.config.retained_batch is None
-    with pytest.raises(ValueError, match="recipe must be one of cifar10-resnet50"):
-        find_privacy_recipe("imagenet")
-
-
-def test_the_recipes_architectures_are_those_of_their_names() -> None:
-    sizes: dict[str, int] = {}
-    for name in ("cifar10-resnet50", "cifar100-vit-b16"):
-        with torch.device("meta"):
-            model = cast(nn.Module, find_privacy_recipe(name).build())
-        sizes[name] = sum(parameter.numel() for parameter in model.parameters())
-    assert sizes["cifar10-resnet50"] == 23_528_522
-    assert 85_000_000 < sizes["cifar100-vit-b16"] < 87_000_000

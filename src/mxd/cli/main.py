@@ -21,50 +21,14 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     # Pages of 2 MiB for large tensors: a step's gradients are new memory each time, and pages of 4 KiB are handed out
     # one by one. PyTorch reads this when it first allocates.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    from mxd.cli.demo import demo
-    from mxd.cli.edit import edit
-    from mxd.cli.evaluate import evaluate
-    from mxd.cli.explain import explain
-    from mxd.cli.explore import explore
-    from mxd.cli.frontier import frontier
-    from mxd.cli.numbers import COUNTS
-    from mxd.cli.pretrain import pretrain_from, show_pretraining_recipes
-    from mxd.cli.probe import probe
-    from mxd.cli.steer import steer
-    from mxd.cli.train import LIST, recipe_named, show_recipes, train_from
     from mxd.runs.snapshots import SnapshotError
     from mxd.training.train import TrainingFault, TrainingInterrupted
 
     given = list(sys.argv[1:] if arguments is None else arguments)
-    name = f"mxd {given[0]}" if given and not given[0].startswith("-") else "mxd"
+    named = given[: 2 if given[:1] == ["privacy"] else 1]
+    name = " ".join(["mxd", *(word for word in named if not word.startswith("-"))])
     try:
-        if given[:1] == ["privacy"]:
-            name = " ".join([name, *(word for word in given[1:2] if not word.startswith("-"))])
-            _run_privacy(given[1:], recipe_named(given[1:]))
-            sys.exit(DONE)
-        recipes = {command: recipe_named(given[1:]) for command in ("train", "pretrain") if given[:1] == [command]}
-        if LIST in recipes.values():
-            (show_recipes if "train" in recipes else show_pretraining_recipes)()
-            sys.exit(DONE)
-        tyro.extras.subcommand_cli_from_dict(
-            {
-                "train": train_from(recipes.get("train")),
-                "evaluate": evaluate,
-                "frontier": frontier,
-                "probe": probe,
-                "steer": steer,
-                "edit": edit,
-                "explore": explore,
-                "explain": explain,
-                "pretrain": pretrain_from(recipes.get("pretrain")),
-                "privacy": _privacy,
-                "demo": demo,
-            },
-            prog="mxd",
-            description="Decompose the MLP layers of language models into sparse layers that can replace them.",
-            args=given or ["--help"],
-            registry=COUNTS,
-        )
+        _run(given)
     except (TrainingInterrupted, KeyboardInterrupt) as error:
         _fail(name, str(error) or "interrupted.", INTERRUPTED, error)
     except (TrainingFault, SnapshotError) as error:
@@ -77,6 +41,48 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         remedy = "ask for fewer or smaller layers, or lower --batch-tokens, --buffer-tokens or --context"
         _fail(name, f"what was asked for must fit in memory; it does not ({error}); {remedy}.", CANNOT_BE_MET, error)
     sys.exit(DONE)
+
+
+def _run(given: list[str]) -> None:
+    """Run the command that was asked for."""
+    from mxd.cli.demo import demo
+    from mxd.cli.edit import edit
+    from mxd.cli.evaluate import evaluate
+    from mxd.cli.explain import explain
+    from mxd.cli.explore import explore
+    from mxd.cli.frontier import frontier
+    from mxd.cli.numbers import COUNTS
+    from mxd.cli.pretrain import pretrain_from, show_pretraining_recipes
+    from mxd.cli.probe import probe
+    from mxd.cli.steer import steer
+    from mxd.cli.train import LIST, recipe_named, show_recipes, train_from
+
+    if given[:1] == ["privacy"]:
+        _run_privacy(given[1:], recipe_named(given[1:]))
+        return
+    recipes = {command: recipe_named(given[1:]) for command in ("train", "pretrain") if given[:1] == [command]}
+    if LIST in recipes.values():
+        (show_recipes if "train" in recipes else show_pretraining_recipes)()
+        return
+    tyro.extras.subcommand_cli_from_dict(
+        {
+            "train": train_from(recipes.get("train")),
+            "evaluate": evaluate,
+            "frontier": frontier,
+            "probe": probe,
+            "steer": steer,
+            "edit": edit,
+            "explore": explore,
+            "explain": explain,
+            "pretrain": pretrain_from(recipes.get("pretrain")),
+            "privacy": _privacy,
+            "demo": demo,
+        },
+        prog="mxd",
+        description="Decompose the MLP layers of language models into sparse layers that can replace them.",
+        args=given or ["--help"],
+        registry=COUNTS,
+    )
 
 
 def _run_privacy(given: list[str], recipe: str | None) -> None:

@@ -97,9 +97,8 @@ def certify_logistic(
     """Make a logistic regression uncertain on the protected examples, and certify how near it is to the exact optimum.
 
     From the pretrained weights at most `config.warm_up` damped Newton steps on M_θ, then one full step, then noise of
-    the size that ε, δ and the smallest proved bound ask for. Everything is computed in float64 on the CPU. The
-    certificate lists each constant and bound, those before the step too, vacuous or not; `certificate.statement()` says
-    it in words, `certificate.to_json()` as JSON for the owner, `certificate.public_json()` for everybody.
+    the size that ε, δ and the smallest proved bound ask for, in float64 on the CPU. The certificate lists each constant
+    and bound, vacuous or not: `statement()` in words, `to_json()` for the owner, `public_json()` for everybody.
 
     Args:
         protected: Features of the protected examples, without a constant column; any float dtype, scaled as you like.
@@ -131,27 +130,14 @@ def certify_logistic(
     constants = logistic_constants(problem)
     require_strong_convexity(problem, constants)
     reference = _start(problem, pretrained)
-    w = reference
-    for _ in range(config.warm_up):
-        moved = damped_step(problem, w)
-        if moved is None:
-            break
-        w = moved
-    direction = newton_direction(problem, w)
-    stepped = w - direction.vector
-    certificate = _certificate(problem, constants, FullStep(w, direction, stepped), config)
+    taken = _steps(problem, reference, config.warm_up)
+    certificate = _certificate(problem, constants, taken, config)
     sigma = certificate.experimental_sigma
-    noisy = None if sigma is None else problem.matrix(add_noise(stepped, sigma, seed=config.noise_seed))
-    costs = [
-        None if sigma is None else noise_cost(sigma, logits.trace, square)
-        for logits, square in (
-            (constants.accuracy, constants.retained_square),
-            (constants.uniformity, constants.protected_square),
-        )
-    ]
+    noisy = None if sigma is None else problem.matrix(add_noise(taken.after, sigma, seed=config.noise_seed))
+    costs = (None, None) if sigma is None else _noise_costs(constants, sigma)
     return CertifiedStep(
         pretrained=problem.matrix(reference),
-        stepped=problem.matrix(stepped),
+        stepped=problem.matrix(taken.after),
         released=noisy if certificate.certified else None,
         experimental=noisy if certificate.noise == "seeded" else None,
         certificate=certificate,
@@ -182,6 +168,26 @@ def pretrain_logistic(
         config=ObjectiveConfig(theta=0.5, weight_decay=weight_decay / 2, uniformity="kl-u-p"),
     )
     return problem.matrix(minimise(problem, torch.zeros(problem.num_parameters, dtype=torch.float64)))
+
+
+def _noise_costs(constants: LogisticConstants, sigma: float) -> tuple[float, float]:
+    """Return what the noise costs on average in accuracy's and in uniformity's loss, at most."""
+    return (
+        noise_cost(sigma, constants.accuracy.trace, constants.retained_square),
+        noise_cost(sigma, constants.uniformity.trace, constants.protected_square),
+    )
+
+
+def _steps(problem: LogisticObjective, start: Float[Tensor, " p"], warm_up: int) -> FullStep:
+    """Take at most so many damped steps, and then the full one that the certificate is about."""
+    w = start
+    for _ in range(warm_up):
+        moved = damped_step(problem, w)
+        if moved is None:
+            break
+        w = moved
+    direction = newton_direction(problem, w)
+    return FullStep(w, direction, w - direction.vector)
 
 
 def _require_disjoint(problem: LogisticObjective) -> None:
