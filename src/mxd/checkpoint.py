@@ -127,6 +127,29 @@ def save_edits(folder: str | Path, edits: Sequence[Edit]) -> None:
         sync_folder(folder)
 
 
+def edits_digest(run: Path) -> str | None:
+    """Return a digest of the edits in force in a run's layers; None where no layer is edited.
+
+    What is measured of a run holds for its layers as edited: equal digests mean the same edits of the same layers,
+    each in the same order. The layers themselves are not loaded.
+
+    Args:
+        run: A run's folder, with `layers/BLOCK/STUDENT`.
+
+    Raises:
+        ValueError: If an edits.json, or the config.json beside it, is damaged, or they are not meant for each other.
+    """
+    found = {
+        file.parent.relative_to(run).as_posix(): [
+            edit.to_json()
+            for edit in _read_edits(file, cast(str, _read_config(file.parent / CONFIG_FILE)["weights_sha256"]))
+        ]
+        for file in sorted(run.glob(f"layers/*/*/{EDITS_FILE}"))
+    }
+    edited = {place: edits for place, edits in found.items() if edits}
+    return hashlib.sha256(json.dumps(edited, sort_keys=True).encode()).hexdigest() if edited else None
+
+
 def _edits_content(edits: Sequence[Edit], weights_sha256: str) -> dict[str, object]:
     return {
         "format": "mxd-edits",
