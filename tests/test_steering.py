@@ -2,6 +2,8 @@
 
 import json
 import math
+import shutil
+import threading
 from pathlib import Path
 from typing import Any, cast
 
@@ -9,12 +11,15 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import GenerationConfig
 
 from mxd.checkpoint import load_layer
-from mxd.edits import Add, Edit
+from mxd.edits import Ablate, Add, Edit, edits_of, with_edits
 from mxd.evaluation.faithfulness import Candidate, EvaluationText
 from mxd.evaluation.firings import Firings, collect_firings
+from mxd.explorer.live import LiveModel, SteeringRequest
 from mxd.models import load_language_model, mlp_pairs, replace_mlp
+from mxd.steering.edit_run import find_layer
 from mxd.steering.ellipse import Panel, covariance_ellipse, draw_ellipses
 from mxd.steering.experiment import Experiment, Intervention, SteeredRow
 from mxd.steering.sampling import FrequencyPenalty, Sampling, prompt_tokens, sample_texts
@@ -25,7 +30,7 @@ from tests.judge_server import Reply, judge_server
 from tests.test_generation import mxd
 from tests.test_models import build
 from tests.tiny_model import BOS
-from tests.tiny_run import TinyRun, assert_refused, command, copied, tiny_run
+from tests.tiny_run import TinyRun, assert_refused, change_json, command, copied, tiny_run
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +73,58 @@ def test_samples_are_those_of_their_seed_and_no_text_ends_early() -> None:
     many = sample_texts(model, prompt, Sampling(samples=40, new_tokens=30, top_p=1.0, frequency_penalty=0.0))
     assert (many[:, :-1] == 1).any()
     assert not (many == 2).all(1).any()
+
+
+PREFERENCES: dict[str, object] = {
+    "temperature": 0.3,
+    "top_k": 2,
+    "top_p": 0.3,
+    "min_p": 0.5,
+    "typical_p": 0.3,
+    "epsilon_cutoff": 0.02,
+    "eta_cutoff": 0.02,
+    "repetition_penalty": 9.0,
+    "no_repeat_ngram_size": 1,
+    "min_new_tokens": 30,
+    "num_beams": 3,
+    "bad_words_ids": [[5], [6]],
+    "suppress_tokens": list(range(3, 60)),
+    "begin_suppress_tokens": list(range(3, 60)),
+    "forced_eos_token_id": 2,
+    "sequence_bias": {(7,): 50.0},
+    "exponential_decay_length_penalty": (1, 9.0),
+    "guidance_scale": 3.0,
+    "stop_strings": ["a"],
+    "max_time": 0.0,
+    "return_dict_in_generate": True,
+}
+
+
+@pytest.mark.parametrize("name", PREFERENCES)
+def test_what_a_models_own_generation_config_asks_for_does_not_shape_the_samples(name: str) -> None:
+    model, prompt = build("llama"), torch.arange(3, 8)[None]
+    sampling = Sampling(samples=4, new_tokens=12, top_p=1.0, frequency_penalty=0.0)
+    expected = sample_texts(model, prompt, sampling)
+    setattr(cast("Any", model).generation_config, name, PREFERENCES[name])
+    assert torch.equal(sample_texts(model, prompt, sampling), expected)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+def test_what_a_models_own_generation_config_asks_for_does_not_shape_what_the_explorer_writes(
+    tiny: TinyRun, tmp_path: Path, temperature: float
+) -> None:
+    model = Path(shutil.copytree(tiny.model, tmp_path / "model"))
+    run = copied(tiny.run, tmp_path / "run")
+    request = SteeringRequest("1/mxd-k4", "cat", [], "original", 12, temperature, 3)
+
+    def written() -> list[dict[str, Any]]:
+        return list(LiveModel(run, ["1/mxd-k4"]).continuations(request, threading.Event()))
+
+    expected = written()
+    preferences = {"repetition_penalty": 9.0, "no_repeat_ngram_size": 1, "suppress_tokens": list(range(90, 250))}
+    GenerationConfig(**preferences, eos_token_id=257).save_pretrained(model)
+    change_json(run / "run.json", lambda described: cast("Any", described["config"]).update(model=str(model)))
+    assert written() == expected
 
 
 @pytest.mark.parametrize(
@@ -197,6 +254,19 @@ def test_units_are_quantiles_of_a_latents_values_and_latents_that_never_fire_hav
         ).to_json()
     )
     assert SteeredRow.from_json(json.loads(json.dumps(row.to_json()))).texts == row.texts
+
+
+def test_units_of_an_edited_layer_are_those_of_the_layer_as_it_was_trained(
+    experiment: Experiment, tiny: TinyRun
+) -> None:
+    able = [latent for latent in range(20) if latent not in experiment.without_unit(range(20))][:2]
+    student = _student(tiny)
+    edits = [Edit(latents=tuple(able), operation=Ablate())]
+    edited = Candidate(name=student.name, layer=1, network=with_edits(student.network, edits))
+    model = load_language_model(str(tiny.model), dtype=torch.float32)
+    sampling, done = Sampling(samples=3, new_tokens=6, top_p=0.9), Intervention(unit="p99", strength=2.0)
+    again = Experiment(model, edited, _text(tiny), sampling, done, able)
+    assert [row.unit for row in again.rows(able)] == [row.unit for row in experiment.rows(able)]
 
 
 def test_an_intervention_that_changes_nothing_scores_nothing(tiny: TinyRun) -> None:
@@ -389,6 +459,38 @@ def test_mxd_edit_edits_measures_undoes_and_exports(
     assert run(*moved_one).status == 0
     assert_refused(run("edit", copy, "--student", "1/mxd-k4", "--export", tmp_path / "other"), "edit", "depends on")
     assert not (tmp_path / "other").exists()
+
+
+def test_an_undo_takes_back_a_whole_command_and_an_export_that_fails_leaves_the_edits(
+    tiny: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, copy = command(capsys), copied(tiny.run, tmp_path / "run")
+    file = copy / "layers/1/mxd-k4/edits.json"
+    chosen = ("edit", copy, "--student", "1/mxd-k4", "--tokens", 96)
+    assert run(*chosen, "--latents", "3", "--operation", "ablate").status == 0
+    first = file.read_bytes()
+    units = find_layer(copy, "1/mxd-k4")
+    firings = collect_firings(
+        cast("nn.Module", load_language_model(str(tiny.model)).model),
+        1,
+        with_edits(units.candidate.network, ()),
+        units.open((), 96, None).text,
+    )
+    able = sorted(set(firings.latents.tolist()))[:3]
+    moved_some = (*chosen, "--latents", *able, "--operation", "clamp", "--strength", "1", "--unit", "p99")
+    assert run(*moved_some).status == 0
+    content = json.loads(file.read_text())
+    assert (len(content["edits"]), content["groups"]) == (4, [1, 3])
+    assert len(edits_of(load_layer(file.parent))) == 4
+    assert run(*chosen, "--undo").status == 0
+    assert file.read_bytes() == first
+    (tmp_path / "file").write_text("")
+    failed = run(*chosen, "--latents", "2", "--operation", "ablate", "--export", tmp_path / "file" / "plain")
+    assert failed.status == 2
+    assert file.read_bytes() == first
+    assert run(*chosen, "--undo").status == 0
+    assert not file.exists()
+    assert "1/mxd-k4 has no edits." in run(*chosen, "--undo").err
 
 
 def test_side_effects_are_differences_of_losses(tiny: TinyRun) -> None:
