@@ -2,143 +2,34 @@
 
 import json
 import math
-import shutil
-import threading
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig
 
 from mxd.checkpoint import load_layer
-from mxd.edits import Ablate, Add, Edit, edits_of, with_edits
+from mxd.edits import Ablate, Add, Edit, with_edits
 from mxd.evaluation.faithfulness import Candidate, EvaluationText
 from mxd.evaluation.firings import Firings, collect_firings
-from mxd.explorer.live import LiveModel, SteeringRequest
 from mxd.models import load_language_model, mlp_pairs, replace_mlp
-from mxd.steering.edit_run import find_layer
 from mxd.steering.ellipse import Panel, covariance_ellipse, draw_ellipses
 from mxd.steering.experiment import Experiment, Intervention, SteeredRow
-from mxd.steering.sampling import FrequencyPenalty, Sampling, prompt_tokens, sample_texts
+from mxd.steering.sampling import Sampling
 from mxd.steering.scores import likeness, moved, read_texts, reference_logits
-from mxd.steering.side_effects import side_effects
 from mxd.steering.steer import steer
 from tests.judge_server import Reply, judge_server
 from tests.test_generation import mxd
 from tests.test_models import build
 from tests.tiny_model import BOS
-from tests.tiny_run import TinyRun, assert_refused, change_json, command, copied, tiny_run
+from tests.tiny_run import TinyRun, assert_refused, command, copied, tiny_run
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
     return tiny_run(tmp_path_factory.getbasetemp())
-
-
-def test_the_frequency_penalty_is_what_openai_defines() -> None:
-    ids = torch.tensor([[5, 5, 5, 1, 2, 1, 1], [5, 5, 5, 0, 3, 3, 4]])
-    scores = torch.randn(2, 7, generator=torch.Generator().manual_seed(0))
-    expected = scores.clone()
-    for row in range(2):
-        for token in range(7):
-            expected[row, token] -= 0.5 * ids[row, 3:].tolist().count(token)
-    torch.testing.assert_close(FrequencyPenalty(0.5, prompt_length=3)(cast("Any", ids), scores), expected)
-    assert torch.equal(FrequencyPenalty(0.5, prompt_length=7)(cast("Any", ids), scores), scores)
-
-
-def test_the_penalty_acts_before_top_p() -> None:
-    """After it, the one token that is left could not be avoided."""
-    model, prompt = build("llama"), torch.arange(3, 8)[None]
-    once = sample_texts(model, prompt, Sampling(samples=3, new_tokens=12, top_p=1e-6, frequency_penalty=1e6))
-    for text in once.tolist():
-        assert len(set(text)) == len(text)
-
-
-def test_samples_are_those_of_their_seed_and_no_text_ends_early() -> None:
-    model, prompt = build("llama"), torch.arange(3, 8)[None]
-    # A model's own preferences, as Qwen's and others' generation_config.json has them, must not shape the samples.
-    preferences = cast("Any", model).generation_config
-    preferences.top_k, preferences.repetition_penalty = 1, 9.0
-    sampling = Sampling(samples=4, new_tokens=30, top_p=1.0, temperature=2.0, frequency_penalty=0.0)
-    state = torch.random.get_rng_state()
-    one, again = sample_texts(model, prompt, sampling), sample_texts(model, prompt, sampling)
-    assert torch.equal(one, again)
-    assert torch.equal(torch.random.get_rng_state(), state)
-    assert one.shape == (4, 30)
-    assert len({tuple(text) for text in one.tolist()}) == 4
-    # With an untrained model the end-of-text token comes up, and the text goes on behind it.
-    many = sample_texts(model, prompt, Sampling(samples=40, new_tokens=30, top_p=1.0, frequency_penalty=0.0))
-    assert (many[:, :-1] == 1).any()
-    assert not (many == 2).all(1).any()
-
-
-PREFERENCES: dict[str, object] = {
-    "temperature": 0.3,
-    "top_k": 2,
-    "top_p": 0.3,
-    "min_p": 0.5,
-    "typical_p": 0.3,
-    "epsilon_cutoff": 0.02,
-    "eta_cutoff": 0.02,
-    "repetition_penalty": 9.0,
-    "no_repeat_ngram_size": 1,
-    "min_new_tokens": 30,
-    "num_beams": 3,
-    "bad_words_ids": [[5], [6]],
-    "suppress_tokens": list(range(3, 60)),
-    "begin_suppress_tokens": list(range(3, 60)),
-    "forced_eos_token_id": 2,
-    "sequence_bias": {(7,): 50.0},
-    "exponential_decay_length_penalty": (1, 9.0),
-    "guidance_scale": 3.0,
-    "stop_strings": ["a"],
-    "max_time": 0.0,
-    "return_dict_in_generate": True,
-}
-
-
-@pytest.mark.parametrize("name", PREFERENCES)
-def test_what_a_models_own_generation_config_asks_for_does_not_shape_the_samples(name: str) -> None:
-    model, prompt = build("llama"), torch.arange(3, 8)[None]
-    sampling = Sampling(samples=4, new_tokens=12, top_p=1.0, frequency_penalty=0.0)
-    expected = sample_texts(model, prompt, sampling)
-    setattr(cast("Any", model).generation_config, name, PREFERENCES[name])
-    assert torch.equal(sample_texts(model, prompt, sampling), expected)
-
-
-@pytest.mark.parametrize("temperature", [0.0, 1.5])
-def test_what_a_models_own_generation_config_asks_for_does_not_shape_what_the_explorer_writes(
-    tiny: TinyRun, tmp_path: Path, temperature: float
-) -> None:
-    model = Path(shutil.copytree(tiny.model, tmp_path / "model"))
-    run = copied(tiny.run, tmp_path / "run")
-    request = SteeringRequest("1/mxd-k4", "cat", [], "original", 12, temperature, 3)
-
-    def written() -> list[dict[str, Any]]:
-        return list(LiveModel(run, ["1/mxd-k4"]).continuations(request, threading.Event()))
-
-    expected = written()
-    preferences = {"repetition_penalty": 9.0, "no_repeat_ngram_size": 1, "suppress_tokens": list(range(90, 250))}
-    GenerationConfig(**preferences, eos_token_id=257).save_pretrained(model)
-    change_json(run / "run.json", lambda described: cast("Any", described["config"]).update(model=str(model)))
-    assert written() == expected
-
-
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        ({"samples": 0}, "samples must be at least 1"),
-        ({"temperature": 0.0}, "temperature"),
-        ({"top_p": 0.0}, "top-p"),
-        ({"frequency_penalty": math.nan}, "frequency-penalty"),
-    ],
-)
-def test_bad_sampling_is_refused(settings: dict[str, Any], words: str) -> None:
-    with pytest.raises(ValueError, match=words):
-        Sampling(**settings)
 
 
 def test_coherence_is_the_mean_over_pairs_within_less_that_across() -> None:
@@ -209,19 +100,19 @@ def experiment(tiny: TinyRun) -> Experiment:
     model = load_language_model(str(tiny.model), dtype=torch.float32)
     return Experiment(
         model,
-        _student(tiny),
-        _text(tiny),
+        student_of(tiny),
+        text_of(tiny),
         Sampling(samples=3, new_tokens=6, top_p=0.9),
         Intervention(unit="p99", strength=2.0, generated_only=True),
         range(20),
     )
 
 
-def _student(tiny: TinyRun) -> Candidate:
+def student_of(tiny: TinyRun) -> Candidate:
     return Candidate(name="1/mxd-k4", layer=1, network=load_layer(tiny.run / "layers/1/mxd-k4"))
 
 
-def _text(tiny: TinyRun) -> EvaluationText:
+def text_of(tiny: TinyRun) -> EvaluationText:
     tokens = torch.randint(0, 250, (6, 24), generator=torch.Generator().manual_seed(0))
     tokens[:, 0] = 256
     return EvaluationText(contexts=tokens, documents=torch.zeros_like(tokens), special_ids=[256, 258])
@@ -230,7 +121,7 @@ def _text(tiny: TinyRun) -> EvaluationText:
 def test_units_are_quantiles_of_a_latents_values_and_latents_that_never_fire_have_none(
     experiment: Experiment, tiny: TinyRun
 ) -> None:
-    model, student, text = load_language_model(str(tiny.model), dtype=torch.float32), _student(tiny), _text(tiny)
+    model, student, text = load_language_model(str(tiny.model), dtype=torch.float32), student_of(tiny), text_of(tiny)
     network, values = student.network, dict[int, list[float]]()
     for context in text.contexts:
         x = mlp_pairs(cast("nn.Module", model.model), context[None], [1])[1].x[0, 1:]
@@ -260,12 +151,12 @@ def test_units_of_an_edited_layer_are_those_of_the_layer_as_it_was_trained(
     experiment: Experiment, tiny: TinyRun
 ) -> None:
     able = [latent for latent in range(20) if latent not in experiment.without_unit(range(20))][:2]
-    student = _student(tiny)
+    student = student_of(tiny)
     edits = [Edit(latents=tuple(able), operation=Ablate())]
     edited = Candidate(name=student.name, layer=1, network=with_edits(student.network, edits))
     model = load_language_model(str(tiny.model), dtype=torch.float32)
     sampling, done = Sampling(samples=3, new_tokens=6, top_p=0.9), Intervention(unit="p99", strength=2.0)
-    again = Experiment(model, edited, _text(tiny), sampling, done, able)
+    again = Experiment(model, edited, text_of(tiny), sampling, done, able)
     assert [row.unit for row in again.rows(able)] == [row.unit for row in experiment.rows(able)]
 
 
@@ -273,7 +164,7 @@ def test_an_intervention_that_changes_nothing_scores_nothing(tiny: TinyRun) -> N
     model = load_language_model(str(tiny.model), dtype=torch.float32)
     nothing = Intervention(operation="scale", strength=1.0)
     sampling = Sampling(samples=3, new_tokens=6, top_p=0.9)
-    one = Experiment(model, _student(tiny), _text(tiny), sampling, nothing, [0])
+    one = Experiment(model, student_of(tiny), text_of(tiny), sampling, nothing, [0])
     (row,) = one.rows([0])
     assert (row.coherence, row.kl) == (0.0, 0.0)
     assert (row.texts, row.loss, row.within) == (tuple(one.unsteered.texts), one.unsteered.loss, one.unsteered.within)
@@ -292,7 +183,7 @@ def test_firings_are_sorted_and_their_quantiles_are_numpys() -> None:
 
 
 def test_firings_of_all_latents_are_every_positive_value(tiny: TinyRun) -> None:
-    model, student, text = load_language_model(str(tiny.model), dtype=torch.float32), _student(tiny), _text(tiny)
+    model, student, text = load_language_model(str(tiny.model), dtype=torch.float32), student_of(tiny), text_of(tiny)
     every = collect_firings(cast("nn.Module", model.model), 1, student.network, text)
     some = collect_firings(cast("nn.Module", model.model), 1, student.network, text, [3, 4])
     assert [column.tolist() for column in every.of(3)] == [column.tolist() for column in some.of(3)]
@@ -393,124 +284,3 @@ def test_mxd_steer_refuses_what_cannot_be_met(
     ended = command(capsys)("steer", tiny.run, "--out", tmp_path, "--latents", "0", *words)
     assert expected in ended.err
     assert_refused(ended, "steer", expected)
-
-
-def test_mxd_edit_edits_measures_undoes_and_exports(
-    tiny: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run, copy = command(capsys), copied(tiny.run, tmp_path / "run")
-    folder = copy / "layers/1/mxd-k4"
-    weights = (folder / "model.safetensors").read_bytes()
-    concept = tmp_path / "concept.txt"
-    concept.write_text("cat dog cat dog cat")
-    edited = run(
-        "edit",
-        copy,
-        "--student",
-        "1/mxd-k4",
-        "--latents",
-        "0-15",
-        "--operation",
-        "ablate",
-        "--concept",
-        concept,
-        "--json",
-    )
-    assert edited.status == 0, edited.err
-    effects = {effect["group"]: effect for effect in json.loads(edited.out)["effects"]}
-    assert "the concept's text" in effects
-    assert effects["tokens on which an edited latent fires"]["kl"] > 0
-    # What a token's prediction does not read cannot change it: no latent fired in its context at all.
-    if "contexts in which none fires" in effects:
-        assert effects["contexts in which none fires"]["kl"] == 0
-    assert (folder / "edits.json").is_file()
-    assert (folder / "model.safetensors").read_bytes() == weights
-    twice = run(
-        "edit",
-        copy,
-        "--student",
-        "1/mxd-k4",
-        "--latents",
-        "0",
-        "--operation",
-        "scale",
-        "--strength",
-        "2",
-        "--export",
-        tmp_path / "plain",
-    )
-    assert twice.status == 0, twice.err
-    assert not (tmp_path / "plain/edits.json").exists()
-    assert run("edit", copy, "--student", "1/mxd-k4", "--undo").status == 0
-    assert len(json.loads((folder / "edits.json").read_text())["edits"]) == 1
-    assert run("edit", copy, "--student", "1/mxd-k4", "--undo-all").status == 0
-    assert not (folder / "edits.json").exists()
-    refused = run("edit", copy, "--student", "mxd-k4", "--undo")
-    assert_refused(refused, "edit", "student must name one layer")
-    shown = run("edit", copy, "--student", "1/mxd-k4")
-    assert "1/mxd-k4 has no edits." in shown.err
-    unheld = run(
-        *("edit", copy, "--student", "1/mxd-k4", "--latents", "1", "--operation", "add", "--strength", "1"),
-        *("--export", tmp_path / "other"),
-    )
-    assert_refused(unheld, "edit", "depends on")
-    assert not (folder / "edits.json").exists()
-    moved_one = ("edit", copy, "--student", "1/mxd-k4", "--latents", "1", "--operation", "add", "--strength", "1")
-    assert run(*moved_one).status == 0
-    assert_refused(run("edit", copy, "--student", "1/mxd-k4", "--export", tmp_path / "other"), "edit", "depends on")
-    assert not (tmp_path / "other").exists()
-
-
-def test_an_undo_takes_back_a_whole_command_and_an_export_that_fails_leaves_the_edits(
-    tiny: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run, copy = command(capsys), copied(tiny.run, tmp_path / "run")
-    file = copy / "layers/1/mxd-k4/edits.json"
-    chosen = ("edit", copy, "--student", "1/mxd-k4", "--tokens", 96)
-    assert run(*chosen, "--latents", "3", "--operation", "ablate").status == 0
-    first = file.read_bytes()
-    units = find_layer(copy, "1/mxd-k4")
-    firings = collect_firings(
-        cast("nn.Module", load_language_model(str(tiny.model)).model),
-        1,
-        with_edits(units.candidate.network, ()),
-        units.open((), 96, None).text,
-    )
-    able = sorted(set(firings.latents.tolist()))[:3]
-    moved_some = (*chosen, "--latents", *able, "--operation", "clamp", "--strength", "1", "--unit", "p99")
-    assert run(*moved_some).status == 0
-    content = json.loads(file.read_text())
-    assert (len(content["edits"]), content["groups"]) == (4, [1, 3])
-    assert len(edits_of(load_layer(file.parent))) == 4
-    assert run(*chosen, "--undo").status == 0
-    assert file.read_bytes() == first
-    (tmp_path / "file").write_text("")
-    failed = run(*chosen, "--latents", "2", "--operation", "ablate", "--export", tmp_path / "file" / "plain")
-    assert failed.status == 2
-    assert file.read_bytes() == first
-    assert run(*chosen, "--undo").status == 0
-    assert not file.exists()
-    assert "1/mxd-k4 has no edits." in run(*chosen, "--undo").err
-
-
-def test_side_effects_are_differences_of_losses(tiny: TinyRun) -> None:
-    language_model, student, text = (
-        load_language_model(str(tiny.model), dtype=torch.float32),
-        _student(tiny),
-        _text(tiny),
-    )
-    model = cast("nn.Module", language_model.model)
-    edit = Edit(latents=(3, 4, 5), operation=Add(amount=2.0))
-    found = side_effects(model, student, (), (edit,), text)
-    assert sum(effect.tokens for effect in found) == text.contexts[:, 1:].numel()
-    with torch.no_grad(), steer(model, {1: student.network}, {1: [edit]}):
-        logits = model(text.contexts).logits
-    expected = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), text.contexts[:, 1:].flatten())
-    mean = sum(effect.after * effect.tokens for effect in found) / text.contexts[:, 1:].numel()
-    assert mean == pytest.approx(float(expected), rel=1e-5)
-
-
-def test_a_prompt_begins_as_a_context_does(tiny: TinyRun) -> None:
-    tokenizer = load_language_model(str(tiny.model)).tokenizer
-    assert prompt_tokens(tokenizer, "ab", torch.device("cpu"))[0, 0] == 256
-    assert prompt_tokens(tokenizer, "", torch.device("cpu")).tolist() == [[256]]
