@@ -33,6 +33,8 @@ class JudgeServer(NamedTuple):
     """The requests so far."""
     keys: list[str]
     """What each request gave as its key."""
+    headers: list[Mapping[str, str]]
+    """The headers of each request, by their names in small letters."""
 
 
 @contextmanager
@@ -40,6 +42,7 @@ def judge_server(reply: Callable[[dict[str, Any]], Reply]) -> Generator[JudgeSer
     """Run a server that replies as it is told, for as long as the context is open."""
     asked: list[dict[str, Any]] = []
     keys: list[str] = []
+    headers: list[Mapping[str, str]] = []
     guard = threading.Lock()
 
     class Handler(BaseHTTPRequestHandler):
@@ -48,6 +51,7 @@ def judge_server(reply: Callable[[dict[str, Any]], Reply]) -> Generator[JudgeSer
             with guard:
                 asked.append(request)
                 keys.append(str(self.headers["Authorization"]))
+                headers.append({name.lower(): value for name, value in self.headers.items()})
                 answer = reply(request)
             time.sleep(answer.delay)
             body = answer.body
@@ -75,7 +79,7 @@ def judge_server(reply: Callable[[dict[str, Any]], Reply]) -> Generator[JudgeSer
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     try:
-        yield JudgeServer(f"http://127.0.0.1:{server.server_port}/v1", asked, keys)
+        yield JudgeServer(f"http://127.0.0.1:{server.server_port}/v1", asked, keys, headers)
     finally:
         server.shutdown()
         server.server_close()

@@ -6,12 +6,14 @@ from typing import cast
 import pytest
 import torch
 
+from mxd.checkpoint import edits_digest, save_edits
+from mxd.edits import Ablate, Edit
 from mxd.evaluation.comparison import compare_runs
 from mxd.evaluation.evaluate import evaluate_run
 from mxd.evaluation.faithfulness import EvaluationText, model_losses, replacement
 from mxd.evaluation.intervals import seed_interval
 from mxd.evaluation.opening import open_run, read_finished_run
-from mxd.evaluation.record import read_record
+from mxd.evaluation.record import read_record, write_record
 from mxd.evaluation.rows import METRICS_VERSION, EvaluationRow
 from mxd.evaluation.students import load_students
 from mxd.training.config import TrainConfig
@@ -209,6 +211,41 @@ def test_an_old_evaluation_is_made_anew_and_the_reason_said(
     ended = mxd("frontier", run)
     assert (ended.status, asked) == (130, [run])
     assert reason in ended.err
+
+
+def without_edits_key(stored: Settings) -> None:
+    del cast("Settings", stored["identity"])["edits"]
+
+
+def test_a_run_is_evaluated_anew_when_its_edits_are_others_and_the_reason_said(
+    mxd: Command, evaluated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = copied(evaluated, tmp_path / "run")
+    # As it was written before edits were known.
+    change_json(run / "evaluation.json", without_edits_key)
+    assert "Evaluating" not in mxd("frontier", run).err
+    folder = run / "layers/0/transcoder-k2-seed0"
+    save_edits(folder, [Edit(latents=(0,), operation=Ablate())])
+    with monkeypatch.context() as patch:
+        patch.setattr("mxd.evaluation.comparison.evaluate_run", _interrupted)
+        ended = mxd("frontier", run)
+        assert (ended.status, "is of other edits of its layers" in ended.err) == (130, True)
+    record = evaluate_run(run).record
+    assert record.identity.edits == edits_digest(run) is not None
+    write_record(run / "evaluation.json", record)
+    said: list[str] = []
+    # An edited layer is compared with others.
+    frontier = compare_runs([run, evaluated], say=said.append)
+    assert said == []
+    assert "edits" not in cast("Settings", frontier.to_json()["identity"])
+    save_edits(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr("mxd.evaluation.comparison.evaluate_run", _interrupted)
+        assert mxd("frontier", run).status == 130
+
+
+def _interrupted(run: Path, **more: object) -> None:
+    raise KeyboardInterrupt
 
 
 def test_runs_side_by_side_are_measured_one_after_the_other(

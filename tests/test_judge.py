@@ -16,7 +16,15 @@ from tests.judge_server import JudgeServer, Reply, judge_server
 
 @pytest.fixture(autouse=True)
 def no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("MXD_JUDGE_KEY", "OPENAI_API_KEY", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+    for name in (
+        "MXD_JUDGE_KEY",
+        "MXD_JUDGE_KEY_2",
+        "OPENAI_API_KEY",
+        "HTTP_PROXY",
+        "http_proxy",
+        "ALL_PROXY",
+        "all_proxy",
+    ):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -113,11 +121,16 @@ def test_a_busy_endpoint_is_asked_again_when_it_says(tmp_path: Path) -> None:
         (Reply('{"score": 2}'), "answered what is no answer"),
         (Reply('{"score": NaN}'), "answered what is no answer"),
         (Reply('{"score": true}'), "answered what is no answer"),
+        (Reply(f'{{"score": 1{"0" * 400}}}'), "answered what is no answer"),
+        (Reply(f'{{"score": {"[" * 20_000}}}'), "answered what is no answer"),
+        (Reply("half a character \ud800"), "answered what is no answer: 'half a character ?'"),
+        (Reply(body="[" * 100_000), "answered no chat completion"),
         (Reply("\x1b[31m" + "a" * 500), "answered what is no answer: '?[31maaa"),
         (Reply(body="<html>"), "answered no chat completion"),
         (Reply(body="{}"), "answered no chat completion"),
         (Reply(body='{"choices": []}'), "answered no chat completion"),
-        (Reply(body='{"choices": [{"message": {"content": null}}]}'), "answered no chat completion"),
+        (Reply(body='{"choices": [{"message": {"content": null}}]}'), "answered without a text"),
+        (Reply(body='{"choices": [{"message": {"content": [1]}}]}'), "answered no chat completion"),
         (Reply(body="[]"), "answered no chat completion"),
         (Reply(status=500, body="{}"), "answered with HTTP status 500"),
         (Reply(status=401, body='{"error": {"message": "no key"}}'), "answered with HTTP status 401"),
@@ -136,6 +149,41 @@ def test_nonsense_is_a_failure_that_is_not_remembered(reply: Reply, reason: str,
         assert len(reasons(found)[1]) < 300
         bad = False
         assert reasons(list(judge(server, tmp_path).ask(QUESTIONS[:3]))) == ["answered"] * 3
+
+
+def test_half_a_character_beside_an_answer_is_kept_whole(tmp_path: Path) -> None:
+    with judge_server(lambda request: Reply('\ud800 {"score": 0.5}')) as server:
+        assert list(judge(server, tmp_path).ask(QUESTIONS[:1])) == [(0.5,)]
+        assert list(judge(server, tmp_path).ask(QUESTIONS[:1])) == [(0.5,)]
+        assert len(server.asked) == 1
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        Reply(status=400, body='{"error": {"code": "content_filter", "message": "filtered"}}'),
+        Reply(body='{"choices": [{"finish_reason": "content_filter", "message": {"content": null}}]}'),
+    ],
+)
+def test_an_endpoint_that_filters_questions_is_asked_the_others(reply: Reply, tmp_path: Path) -> None:
+    with judge_server(lambda request: reply if int(user_of(request)) < 4 else good(request)) as server:
+        found = list(judge(server, tmp_path, judge_at_once=1).ask(QUESTIONS))
+    assert [isinstance(answer, Failure) and not answer.final for answer in found] == [True] * 4 + [False] * 2
+
+
+def test_what_is_remembered_says_nothing_of_whether_an_endpoint_answers(tmp_path: Path) -> None:
+    down = False
+    with judge_server(lambda request: Reply(status=500, body="{}") if down else good(request)) as server:
+        assert reasons(list(judge(server, tmp_path).ask(QUESTIONS[1::2]))) == ["answered"] * 3
+        down = True
+        asked = judge(server, tmp_path, judge_at_once=1)
+        found = reasons(list(asked.ask([*QUESTIONS, question("7"), question("8")])))
+        assert found[1:6:2] == ["answered"] * 3
+        assert [reason.startswith("answered with HTTP status 500") for reason in found[0:6:2]] == [True] * 3
+        assert found[6:] == ["not asked, because 3 questions in a row had no answer"] * 2
+        # Equal questions that are asked once count once.
+        twice = judge(server, tmp_path, judge_at_once=4)
+        assert reasons(list(twice.ask([question("9")] * 4 + [question("7")])))[-1].startswith("answered with")
 
 
 def test_nonsense_is_asked_about_once_more(tmp_path: Path) -> None:
@@ -190,6 +238,77 @@ def test_openais_own_key_goes_to_openai_only(tmp_path: Path, monkeypatch: pytest
     with judge_server(good) as server:
         list(judge(server, tmp_path).ask(QUESTIONS[:1]))
         assert server.keys == ["Bearer none"]
+
+
+def test_no_server_gets_the_key_of_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MXD_JUDGE_KEY", "first key")
+    with judge_server(good) as one, judge_server(good) as two:
+        config = JudgeConfig(judge=((one.url, "a"), (two.url, "b"), (one.url, "c")), judge_retries=0)
+        for endpoint in config.endpoints:
+            list(Judge(endpoint, config, tmp_path).ask(QUESTIONS[:1]))
+        assert (one.keys, two.keys) == (["Bearer first key"] * 2, ["Bearer none"])
+        monkeypatch.setenv("MXD_JUDGE_KEY_2", "second key")
+        list(Judge(config.endpoints[1], config, tmp_path / "2").ask(QUESTIONS[:1]))
+        assert two.keys[1:] == ["Bearer second key"]
+        # One that is not among the judges is none of them.
+        list(Judge(Endpoint(two.url, "b"), JudgeConfig(judge=((one.url, "a"),)), tmp_path / "3").ask(QUESTIONS[:1]))
+        assert two.keys[2:] == ["Bearer second key"]
+    monkeypatch.delenv("MXD_JUDGE_KEY")
+    with pytest.raises(ValueError, match="MXD_JUDGE_KEY_2 is set"):
+        JudgeConfig(judge=(("http://localhost/v1", "a"), ("http://example.org/v1", "b")))
+
+
+def test_who_one_is_at_openai_is_told_to_openai_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = {"OPENAI_ORG_ID": "org-1", "OPENAI_PROJECT_ID": "proj-1", "OPENAI_CUSTOM_HEADERS": "x-mine: mine-1"}
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    with judge_server(good) as server:
+        list(judge(server, tmp_path).ask(QUESTIONS[:1]))
+        assert not set(server.headers[0].values()) & {"org-1", "proj-1", "mine-1"}
+
+
+def test_a_key_that_an_endpoint_repeats_is_neither_shown_nor_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MXD_JUDGE_KEY", "sk-very-secret")
+
+    def repeats(request: dict[str, Any]) -> Reply:
+        told = f"You sent {server.keys[-1]}"
+        return {
+            "0": Reply(status=400, body=json.dumps({"error": {"message": told}})),
+            "1": Reply(status=401, body=json.dumps({"error": {"message": told}})),
+            "2": Reply(told),
+            "3": Reply(f'{told} {{"score": 0.5}}'),
+        }[user_of(request)]
+
+    with judge_server(repeats) as server:
+        found = list(judge(server, tmp_path, judge_at_once=1).ask(QUESTIONS[:4]))
+        assert found[3] == (0.5,)
+        for reason in reasons(found[:3]):
+            assert "You sent Bearer …" in reason
+        (kept,) = tmp_path.glob("*.json")
+        assert "You sent Bearer …" in kept.read_text()
+        # A word that servers of one's own are given may well be in an answer.
+        monkeypatch.setenv("MXD_JUDGE_KEY", "score")
+        assert list(judge(server, tmp_path / "other").ask(QUESTIONS[3:4])) == [(0.5,)]
+
+
+def test_an_estimate_counts_what_is_not_ascii_by_its_bytes_and_says_about(tmp_path: Path) -> None:
+    one = judge("http://localhost/v1", tmp_path, judge_price=(1.0, 1.0))
+    assert one.estimate([question("猫" * 70)]).read == round(5 / 3.5) + 3 * 70
+    assert str(one.estimate([question("a" * 65)])) == (
+        "1 calls, about 20 tokens read and 20 written: about 0.0000 at the given price"
+    )
+
+
+def test_the_last_answer_counts_and_an_example_that_is_repeated_is_none() -> None:
+    assert read_scores('{"a": 0.5} no, rather {"a": 0.25} {"b": 1}', ["a"]) == (0.25,)
+    assert read_verdicts("[1, 1, 1] no, rather [0, 0, 1]", 3) == (False, False, True)
+    with pytest.raises(ValueError, match="no JSON object"):
+        read_scores(SYSTEM, ("coherence", "fluency"))
+    for prompt in (DETECT, FUZZ):
+        with pytest.raises(ValueError, match="no list of 10"):
+            read_verdicts(prompt.replace("{count}", "10"), 10)
 
 
 def test_without_its_package_a_judge_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

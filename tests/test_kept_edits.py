@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mxd.checkpoint import EDITS_FILE, load_layer, save_edits, save_layer
+from mxd.checkpoint import EDITS_FILE, edits_digest, load_layer, save_edits, save_layer, saved_edits
 from mxd.edits import Ablate, Add, Clamp, Edit, Scale, Set, Span, edits_of, fold_edits, with_edits
 from mxd.layers import SparseLayer
 from tests.test_conformance import EXAMPLES, build
@@ -103,6 +103,16 @@ def test_edits_reload_with_their_layer_and_can_be_undone(name: str, tmp_path: Pa
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == original
 
 
+def test_edits_are_kept_in_the_groups_in_which_they_came(tmp_path: Path) -> None:
+    save_layer(with_edits(random("mxd"), MULTIPLIED), tmp_path)
+    assert saved_edits(tmp_path) == [(edit,) for edit in MULTIPLIED]
+    save_edits(tmp_path, MULTIPLIED[:1], (), MULTIPLIED[1:])
+    assert saved_edits(tmp_path) == [MULTIPLIED[:1], MULTIPLIED[1:]]
+    assert edits_of(load_layer(tmp_path)) == MULTIPLIED
+    save_edits(tmp_path)
+    assert saved_edits(tmp_path) == []
+
+
 def test_a_layer_written_over_an_edited_one_is_not_edited(tmp_path: Path) -> None:
     save_layer(with_edits(random("mxd"), MULTIPLIED), tmp_path)
     save_layer(random("transcoder"), tmp_path)
@@ -121,6 +131,9 @@ def test_a_layer_written_over_an_edited_one_is_not_edited(tmp_path: Path) -> Non
         ({"edits": [{"latents": [99], "operation": {"name": "ablate"}, "positions": None}]}, "must lie in"),
         ({"edits": [{"latents": [1], "operation": {"name": "ablate"}, "positions": [2]}]}, "for all positions"),
         ({"more": 1}, "unknown keys"),
+        ({"groups": [1, 1]}, "groups as numbers of edits that sum to 3"),
+        ({"groups": [4, -1]}, "groups as numbers of edits that sum to 3"),
+        ({"groups": "3"}, "groups as numbers of edits that sum to 3"),
     ],
 )
 def test_damaged_edits_are_refused(content: str | dict[str, object], words: str, tmp_path: Path) -> None:
@@ -141,3 +154,23 @@ def test_edits_that_do_not_fit_leave_what_was_there(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"must lie in|for all positions"):
             save_edits(tmp_path, edits)
     assert not (tmp_path / EDITS_FILE).exists()
+
+
+def test_a_digest_of_a_runs_edits_is_of_which_they_are_of_which_layers_in_which_order(tmp_path: Path) -> None:
+    folders = [tmp_path / "layers" / place for place in ("0/mxd", "0/other", "1/mxd")]
+    for folder in folders:
+        save_layer(random("mxd"), folder)
+    assert edits_digest(tmp_path) is None
+    digests: set[str | None] = set()
+    for folder, edits in ((folders[0], MULTIPLIED), (folders[0], MULTIPLIED[::-1]), (folders[2], MULTIPLIED)):
+        save_edits(folder, edits)
+        digests.add(edits_digest(tmp_path))
+        save_edits(folder, ())
+    assert len(digests) == 3
+    assert None not in digests
+    assert edits_digest(tmp_path) is None
+    save_edits(folders[2], MULTIPLIED)
+    assert edits_digest(tmp_path) in digests
+    (folders[2] / EDITS_FILE).write_text("{")
+    with pytest.raises(ValueError, match="must be JSON"):
+        edits_digest(tmp_path)

@@ -3,7 +3,7 @@
 import json
 import math
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import pytest
@@ -11,15 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from mxd.checkpoint import load_layer
-from mxd.edits import Add, Edit
+from mxd.edits import Ablate, Add, Edit, with_edits
 from mxd.evaluation.faithfulness import Candidate, EvaluationText
 from mxd.evaluation.firings import Firings, collect_firings
 from mxd.models import load_language_model, mlp_pairs, replace_mlp
 from mxd.steering.ellipse import Panel, covariance_ellipse, draw_ellipses
 from mxd.steering.experiment import Experiment, Intervention, SteeredRow
-from mxd.steering.sampling import FrequencyPenalty, Sampling, prompt_tokens, sample_texts
+from mxd.steering.sampling import Sampling
 from mxd.steering.scores import likeness, moved, read_texts, reference_logits
-from mxd.steering.side_effects import side_effects
 from mxd.steering.steer import steer
 from tests.judge_server import Reply, judge_server
 from tests.test_generation import mxd
@@ -31,57 +30,6 @@ from tests.tiny_run import TinyRun, assert_refused, command, copied, tiny_run
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
     return tiny_run(tmp_path_factory.getbasetemp())
-
-
-def test_the_frequency_penalty_is_what_openai_defines() -> None:
-    ids = torch.tensor([[5, 5, 5, 1, 2, 1, 1], [5, 5, 5, 0, 3, 3, 4]])
-    scores = torch.randn(2, 7, generator=torch.Generator().manual_seed(0))
-    expected = scores.clone()
-    for row in range(2):
-        for token in range(7):
-            expected[row, token] -= 0.5 * ids[row, 3:].tolist().count(token)
-    torch.testing.assert_close(FrequencyPenalty(0.5, prompt_length=3)(cast("Any", ids), scores), expected)
-    assert torch.equal(FrequencyPenalty(0.5, prompt_length=7)(cast("Any", ids), scores), scores)
-
-
-def test_the_penalty_acts_before_top_p() -> None:
-    """After it, the one token that is left could not be avoided."""
-    model, prompt = build("llama"), torch.arange(3, 8)[None]
-    once = sample_texts(model, prompt, Sampling(samples=3, new_tokens=12, top_p=1e-6, frequency_penalty=1e6))
-    for text in once.tolist():
-        assert len(set(text)) == len(text)
-
-
-def test_samples_are_those_of_their_seed_and_no_text_ends_early() -> None:
-    model, prompt = build("llama"), torch.arange(3, 8)[None]
-    # A model's own preferences, as Qwen's and others' generation_config.json has them, must not shape the samples.
-    preferences = cast("Any", model).generation_config
-    preferences.top_k, preferences.repetition_penalty = 1, 9.0
-    sampling = Sampling(samples=4, new_tokens=30, top_p=1.0, temperature=2.0, frequency_penalty=0.0)
-    state = torch.random.get_rng_state()
-    one, again = sample_texts(model, prompt, sampling), sample_texts(model, prompt, sampling)
-    assert torch.equal(one, again)
-    assert torch.equal(torch.random.get_rng_state(), state)
-    assert one.shape == (4, 30)
-    assert len({tuple(text) for text in one.tolist()}) == 4
-    # With an untrained model the end-of-text token comes up, and the text goes on behind it.
-    many = sample_texts(model, prompt, Sampling(samples=40, new_tokens=30, top_p=1.0, frequency_penalty=0.0))
-    assert (many[:, :-1] == 1).any()
-    assert not (many == 2).all(1).any()
-
-
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        ({"samples": 0}, "samples must be at least 1"),
-        ({"temperature": 0.0}, "temperature"),
-        ({"top_p": 0.0}, "top-p"),
-        ({"frequency_penalty": math.nan}, "frequency-penalty"),
-    ],
-)
-def test_bad_sampling_is_refused(settings: dict[str, Any], words: str) -> None:
-    with pytest.raises(ValueError, match=words):
-        Sampling(**settings)
 
 
 def test_coherence_is_the_mean_over_pairs_within_less_that_across() -> None:
@@ -152,19 +100,19 @@ def experiment(tiny: TinyRun) -> Experiment:
     model = load_language_model(str(tiny.model), dtype=torch.float32)
     return Experiment(
         model,
-        _student(tiny),
-        _text(tiny),
+        student_of(tiny),
+        text_of(tiny),
         Sampling(samples=3, new_tokens=6, top_p=0.9),
         Intervention(unit="p99", strength=2.0, generated_only=True),
         range(20),
     )
 
 
-def _student(tiny: TinyRun) -> Candidate:
+def student_of(tiny: TinyRun) -> Candidate:
     return Candidate(name="1/mxd-k4", layer=1, network=load_layer(tiny.run / "layers/1/mxd-k4"))
 
 
-def _text(tiny: TinyRun) -> EvaluationText:
+def text_of(tiny: TinyRun) -> EvaluationText:
     tokens = torch.randint(0, 250, (6, 24), generator=torch.Generator().manual_seed(0))
     tokens[:, 0] = 256
     return EvaluationText(contexts=tokens, documents=torch.zeros_like(tokens), special_ids=[256, 258])
@@ -173,7 +121,7 @@ def _text(tiny: TinyRun) -> EvaluationText:
 def test_units_are_quantiles_of_a_latents_values_and_latents_that_never_fire_have_none(
     experiment: Experiment, tiny: TinyRun
 ) -> None:
-    model, student, text = load_language_model(str(tiny.model), dtype=torch.float32), _student(tiny), _text(tiny)
+    model, student, text = load_language_model(str(tiny.model), dtype=torch.float32), student_of(tiny), text_of(tiny)
     network, values = student.network, dict[int, list[float]]()
     for context in text.contexts:
         x = mlp_pairs(cast("nn.Module", model.model), context[None], [1])[1].x[0, 1:]
@@ -199,11 +147,24 @@ def test_units_are_quantiles_of_a_latents_values_and_latents_that_never_fire_hav
     assert SteeredRow.from_json(json.loads(json.dumps(row.to_json()))).texts == row.texts
 
 
+def test_units_of_an_edited_layer_are_those_of_the_layer_as_it_was_trained(
+    experiment: Experiment, tiny: TinyRun
+) -> None:
+    able = [latent for latent in range(20) if latent not in experiment.without_unit(range(20))][:2]
+    student = student_of(tiny)
+    edits = [Edit(latents=tuple(able), operation=Ablate())]
+    edited = Candidate(name=student.name, layer=1, network=with_edits(student.network, edits))
+    model = load_language_model(str(tiny.model), dtype=torch.float32)
+    sampling, done = Sampling(samples=3, new_tokens=6, top_p=0.9), Intervention(unit="p99", strength=2.0)
+    again = Experiment(model, edited, text_of(tiny), sampling, done, able)
+    assert [row.unit for row in again.rows(able)] == [row.unit for row in experiment.rows(able)]
+
+
 def test_an_intervention_that_changes_nothing_scores_nothing(tiny: TinyRun) -> None:
     model = load_language_model(str(tiny.model), dtype=torch.float32)
     nothing = Intervention(operation="scale", strength=1.0)
     sampling = Sampling(samples=3, new_tokens=6, top_p=0.9)
-    one = Experiment(model, _student(tiny), _text(tiny), sampling, nothing, [0])
+    one = Experiment(model, student_of(tiny), text_of(tiny), sampling, nothing, [0])
     (row,) = one.rows([0])
     assert (row.coherence, row.kl) == (0.0, 0.0)
     assert (row.texts, row.loss, row.within) == (tuple(one.unsteered.texts), one.unsteered.loss, one.unsteered.within)
@@ -222,7 +183,7 @@ def test_firings_are_sorted_and_their_quantiles_are_numpys() -> None:
 
 
 def test_firings_of_all_latents_are_every_positive_value(tiny: TinyRun) -> None:
-    model, student, text = load_language_model(str(tiny.model), dtype=torch.float32), _student(tiny), _text(tiny)
+    model, student, text = load_language_model(str(tiny.model), dtype=torch.float32), student_of(tiny), text_of(tiny)
     every = collect_firings(cast("nn.Module", model.model), 1, student.network, text)
     some = collect_firings(cast("nn.Module", model.model), 1, student.network, text, [3, 4])
     assert [column.tolist() for column in every.of(3)] == [column.tolist() for column in some.of(3)]
@@ -323,92 +284,3 @@ def test_mxd_steer_refuses_what_cannot_be_met(
     ended = command(capsys)("steer", tiny.run, "--out", tmp_path, "--latents", "0", *words)
     assert expected in ended.err
     assert_refused(ended, "steer", expected)
-
-
-def test_mxd_edit_edits_measures_undoes_and_exports(
-    tiny: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run, copy = command(capsys), copied(tiny.run, tmp_path / "run")
-    folder = copy / "layers/1/mxd-k4"
-    weights = (folder / "model.safetensors").read_bytes()
-    concept = tmp_path / "concept.txt"
-    concept.write_text("cat dog cat dog cat")
-    edited = run(
-        "edit",
-        copy,
-        "--student",
-        "1/mxd-k4",
-        "--latents",
-        "0-15",
-        "--operation",
-        "ablate",
-        "--concept",
-        concept,
-        "--json",
-    )
-    assert edited.status == 0, edited.err
-    effects = {effect["group"]: effect for effect in json.loads(edited.out)["effects"]}
-    assert "the concept's text" in effects
-    assert effects["tokens on which an edited latent fires"]["kl"] > 0
-    # What a token's prediction does not read cannot change it: no latent fired in its context at all.
-    if "contexts in which none fires" in effects:
-        assert effects["contexts in which none fires"]["kl"] == 0
-    assert (folder / "edits.json").is_file()
-    assert (folder / "model.safetensors").read_bytes() == weights
-    twice = run(
-        "edit",
-        copy,
-        "--student",
-        "1/mxd-k4",
-        "--latents",
-        "0",
-        "--operation",
-        "scale",
-        "--strength",
-        "2",
-        "--export",
-        tmp_path / "plain",
-    )
-    assert twice.status == 0, twice.err
-    assert not (tmp_path / "plain/edits.json").exists()
-    assert run("edit", copy, "--student", "1/mxd-k4", "--undo").status == 0
-    assert len(json.loads((folder / "edits.json").read_text())["edits"]) == 1
-    assert run("edit", copy, "--student", "1/mxd-k4", "--undo-all").status == 0
-    assert not (folder / "edits.json").exists()
-    refused = run("edit", copy, "--student", "mxd-k4", "--undo")
-    assert_refused(refused, "edit", "student must name one layer")
-    shown = run("edit", copy, "--student", "1/mxd-k4")
-    assert "1/mxd-k4 has no edits." in shown.err
-    unheld = run(
-        *("edit", copy, "--student", "1/mxd-k4", "--latents", "1", "--operation", "add", "--strength", "1"),
-        *("--export", tmp_path / "other"),
-    )
-    assert_refused(unheld, "edit", "depends on")
-    assert not (folder / "edits.json").exists()
-    moved_one = ("edit", copy, "--student", "1/mxd-k4", "--latents", "1", "--operation", "add", "--strength", "1")
-    assert run(*moved_one).status == 0
-    assert_refused(run("edit", copy, "--student", "1/mxd-k4", "--export", tmp_path / "other"), "edit", "depends on")
-    assert not (tmp_path / "other").exists()
-
-
-def test_side_effects_are_differences_of_losses(tiny: TinyRun) -> None:
-    language_model, student, text = (
-        load_language_model(str(tiny.model), dtype=torch.float32),
-        _student(tiny),
-        _text(tiny),
-    )
-    model = cast("nn.Module", language_model.model)
-    edit = Edit(latents=(3, 4, 5), operation=Add(amount=2.0))
-    found = side_effects(model, student, (), (edit,), text)
-    assert sum(effect.tokens for effect in found) == text.contexts[:, 1:].numel()
-    with torch.no_grad(), steer(model, {1: student.network}, {1: [edit]}):
-        logits = model(text.contexts).logits
-    expected = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), text.contexts[:, 1:].flatten())
-    mean = sum(effect.after * effect.tokens for effect in found) / text.contexts[:, 1:].numel()
-    assert mean == pytest.approx(float(expected), rel=1e-5)
-
-
-def test_a_prompt_begins_as_a_context_does(tiny: TinyRun) -> None:
-    tokenizer = load_language_model(str(tiny.model)).tokenizer
-    assert prompt_tokens(tokenizer, "ab", torch.device("cpu"))[0, 0] == 256
-    assert prompt_tokens(tokenizer, "", torch.device("cpu")).tolist() == [[256]]

@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from itertools import chain, islice
 from pathlib import Path
 from typing import Literal, cast, get_args, get_origin
 
@@ -106,25 +107,60 @@ def save_layer(layer: SparseLayer, folder: str | Path, provenance: Provenance | 
         (folder / EDITS_FILE).unlink(missing_ok=True)
 
 
-def save_edits(folder: str | Path, edits: Sequence[Edit]) -> None:
+def save_edits(folder: str | Path, *groups: Sequence[Edit]) -> None:
     """Write which edits are in force in a saved layer, in place of those that were; its other files stay as they are.
 
     Args:
         folder: As `load_layer` takes it.
-        edits: What is done to every code; none undoes everything, and the layer is again as it was trained.
+        groups: What is done to every code, in groups of edits that came together and are taken back together; none
+            undoes everything, and the layer is again as it was trained.
 
     Raises:
         FileNotFoundError: As `load_layer`.
         ValueError: As `load_layer`; if an edit is for chosen positions, or for a latent that the layer has not.
     """
     folder = _layer_folder(Path(folder))
+    edits = list(chain(*groups))
     with_edits(load_layer(folder), edits)
     if edits:
         sha256 = cast(str, _read_config(folder / CONFIG_FILE)["weights_sha256"])
-        write_json_atomically(folder / EDITS_FILE, _edits_content(edits, sha256))
+        sizes = [len(group) for group in groups if group]
+        write_json_atomically(folder / EDITS_FILE, {**_edits_content(edits, sha256), "groups": sizes})
     else:
         (folder / EDITS_FILE).unlink(missing_ok=True)
         sync_folder(folder)
+
+
+def saved_edits(folder: str | Path) -> list[tuple[Edit, ...]]:
+    """Return the edits that are in force in a saved layer, in the groups in which `save_edits` got them.
+
+    Raises:
+        FileNotFoundError: As `load_layer`.
+        ValueError: If the layer's edits.json or config.json is damaged, or they are not meant for each other.
+    """
+    folder = _layer_folder(Path(folder))
+    sha256 = cast(str, _read_config(folder / CONFIG_FILE)["weights_sha256"])
+    return _read_edits(folder / EDITS_FILE, sha256)
+
+
+def edits_digest(run: Path) -> str | None:
+    """Return a digest of the edits in force in a run's layers; None where no layer is edited.
+
+    What is measured of a run holds for its layers as edited: equal digests mean the same edits of the same layers,
+    each in the same order. The layers themselves are not loaded.
+
+    Args:
+        run: A run's folder, with `layers/BLOCK/STUDENT`.
+
+    Raises:
+        ValueError: If an edits.json, or the config.json beside it, is damaged, or they are not meant for each other.
+    """
+    found = {
+        file.parent.relative_to(run).as_posix(): [edit.to_json() for edit in chain(*saved_edits(file.parent))]
+        for file in sorted(run.glob(f"layers/*/*/{EDITS_FILE}"))
+    }
+    edited = {place: edits for place, edits in found.items() if edits}
+    return hashlib.sha256(json.dumps(edited, sort_keys=True).encode()).hexdigest() if edited else None
 
 
 def _edits_content(edits: Sequence[Edit], weights_sha256: str) -> dict[str, object]:
@@ -136,7 +172,7 @@ def _edits_content(edits: Sequence[Edit], weights_sha256: str) -> dict[str, obje
     }
 
 
-def _read_edits(path: Path, weights_sha256: str) -> list[Edit]:
+def _read_edits(path: Path, weights_sha256: str) -> list[tuple[Edit, ...]]:
     if not path.is_file():
         return []
     try:
@@ -144,7 +180,8 @@ def _read_edits(path: Path, weights_sha256: str) -> list[Edit]:
     except ValueError as error:
         raise ValueError(f"{path} must be JSON; it does not parse ({error}). Restore or remove it.") from error
     found = cast(Mapping[str, object], content if isinstance(content, dict) else {})
-    _require_fields(path, "the top level", found, {"format", "format_version", "weights_sha256", "edits"})
+    known = {"format", "format_version", "weights_sha256", "edits"}
+    _require_fields(path, "the top level", found, known | ({"groups"} & found.keys()))
     if (found["format"], found["format_version"]) != ("mxd-edits", EDITS_VERSION):
         raise ValueError(
             f"{path} must be edits of version {EDITS_VERSION}; it is {found['format']} {found['format_version']}. "
@@ -155,9 +192,18 @@ def _read_edits(path: Path, weights_sha256: str) -> list[Edit]:
             f"{path} must be meant for the weights beside it; it is for others. Restore those, or remove the file."
         )
     try:
-        return [Edit.from_json(edit) for edit in cast(Sequence[object], found["edits"])]
+        edits = [Edit.from_json(edit) for edit in cast(Sequence[object], found["edits"])]
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path} must list edits; {error} Restore or remove it.") from error
+    # What save_layer writes has no groups: there each edit is one by itself.
+    sizes = found.get("groups", [1] * len(edits))
+    whole = isinstance(sizes, list) and all(type(size) is int and size > 0 for size in cast("list[object]", sizes))
+    if not whole or sum(cast("list[int]", sizes)) != len(edits):
+        raise ValueError(
+            f"{path} must give groups as numbers of edits that sum to {len(edits)}; got {str(sizes)[:100]}. Restore it."
+        )
+    following = iter(edits)
+    return [tuple(islice(following, size)) for size in cast("list[int]", sizes)]
 
 
 def _write_together(files: Mapping[Path, bytes]) -> None:
@@ -215,7 +261,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
             "differ in name or shape. Restore both files from the same source."
         )
     layer.to(next(iter(tensors.values())).dtype).load_state_dict(tensors)
-    edits = _read_edits(folder / EDITS_FILE, cast(str, config["weights_sha256"]))
+    edits = list(chain(*_read_edits(folder / EDITS_FILE, cast(str, config["weights_sha256"]))))
     try:
         layer = with_edits(layer.eval(), edits)
     except ValueError as error:

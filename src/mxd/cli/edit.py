@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -11,9 +12,9 @@ from rich.console import Console
 from rich.table import Table
 
 from mxd.atomic import JSON
-from mxd.checkpoint import load_checkpoint, save_edits, save_layer
+from mxd.checkpoint import load_checkpoint, save_edits, save_layer, saved_edits
 from mxd.cli.steer import parse_latents
-from mxd.edits import Edit, edits_of, fold_edits, with_edits
+from mxd.edits import Edit, fold_edits, with_edits
 from mxd.layers import SparseLayer
 from mxd.steering.edit_run import LayerToEdit, find_layer, measure_edits, units_of
 from mxd.steering.experiment import Intervention, OperationName, Unit
@@ -48,7 +49,7 @@ def edit(
         operation: What to do to their values, after what is done to them already.
         strength: What is set or added, the factor of scale, or the bound that clamp keeps values below.
         unit: What the strength of set, add and clamp is given in (see mxd steer).
-        undo: Take back the last edit.
+        undo: Take back what the last command did.
         undo_all: Take back all edits.
         concept: Text that has the concept that is edited, to measure the loss on; .txt, .jsonl and so on.
         text: Other held-out text than the run's own.
@@ -61,21 +62,23 @@ def edit(
     # Square brackets in the name of a folder are no markup.
     console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
     place = find_layer(run, student)
-    before = edits_of(place.candidate.network)
-    after = before[:-1] if undo else () if undo_all else before
+    groups = saved_edits(place.folder)
+    kept = groups[:-1] if undo else [] if undo_all else groups
     if operation is not None:
         done = Intervention(operation=operation, strength=1.0 if strength is None else strength, unit=unit)
-        after = (*before, *_new_edits(place, done, parse_latents(latents), text, tokens, device))
+        kept = [*groups, _new_edits(place, done, parse_latents(latents), text, tokens, device)]
+    before, after = list(chain(*groups)), list(chain(*kept))
     effects: list[Effect] = []
     plain = None if export is None else _plain(place, after, export)
     if before or after:
         # Where nothing changes, what is shown is what the edits do.
         compared = () if after == before else before
         effects = measure_edits(place, compared, after, concept=concept, text=text, tokens=tokens, device=device)
-    if after != before:
-        save_edits(place.folder, after)
+    # First what can fail for want of a place, so that the edits stay as they were if it does.
     if export is not None and plain is not None:
         save_layer(plain, export, load_checkpoint(place.folder).provenance)
+    if after != before:
+        save_edits(place.folder, *kept)
     report = _Report(place.candidate.name, after, effects)
     if json_:
         print(json.dumps(report.to_json(), indent=2))
@@ -124,11 +127,11 @@ def _new_edits(
     text: Sequence[str],
     tokens: int | None,
     device: str | None,
-) -> list[Edit]:
+) -> tuple[Edit, ...]:
     if not done.needs_unit:
-        return [Edit(latents=tuple(latents), operation=done.operation_at(1.0))]
+        return (Edit(latents=tuple(latents), operation=done.operation_at(1.0)),)
     units = units_of(place, latents, text=text, tokens=tokens, device=device)
-    return [Edit(latents=(latent,), operation=done.operation_at(unit)) for latent, unit in units.items()]
+    return tuple(Edit(latents=(latent,), operation=done.operation_at(unit)) for latent, unit in units.items())
 
 
 def _plain(place: LayerToEdit, edits: Sequence[Edit], target: Path) -> SparseLayer:

@@ -1,11 +1,12 @@
 """From finished runs to one frontier: what is not measured yet is measured, what does not compare is refused."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from mxd.atomic import JSON, write_json_atomically, write_text_atomically
+from mxd.checkpoint import edits_digest
 from mxd.evaluation.drawing import compact, describe
 from mxd.evaluation.evaluate import evaluate_run, report_notes, write_evaluation
 from mxd.evaluation.frontier import draw_frontier
@@ -67,7 +68,8 @@ class Frontier:
         return {
             "runs": [str(run) for run in self.runs],
             "facts": self.facts,
-            "identity": asdict(self.stored[0].identity),
+            # Which edits are in force is each run's own.
+            "identity": {name: value for name, value in asdict(self.stored[0].identity).items() if name != "edits"},
             "intervals": HOW_INTERVALS_WERE_MADE,
             "metrics": {str(metric): name for metric, name in METRIC_NAMES.items()},
             "points": [point.to_json() for point in self.points],
@@ -134,7 +136,9 @@ def compare_runs(
     ]
     if len(runs) > 1:
         identities = [
-            there.identity if isinstance(there, StoredEvaluation) else ahead or foresee_identity(description, (), None)
+            _without_edits(there.identity)
+            if isinstance(there, StoredEvaluation)
+            else ahead or foresee_identity(description, (), None)
             for there, ahead, description in zip(found, wanted, descriptions, strict=True)
         ]
         _require_alike(runs, identities)
@@ -181,13 +185,20 @@ def _reusable(
     own = (description["model"]["fingerprint"], config["context"], config["special_positions"])
     if own != (identity.model, identity.context, identity.special_positions):
         return f"its {file.name} is not of the model, context and special positions of its run.json"
-    if wanted is not None and identity != wanted:
+    if identity.edits != edits_digest(run):
+        return f"its {file.name} is of other edits of its layers than those in force (mxd edit)"
+    if wanted is not None and _without_edits(identity) != wanted:
         return f"its {file.name} is of other text or another number of tokens"
     if {(row.layer, row.id) for row in stored.rows if row.layer is not None and row.as_trained} != set(students):
         return f"its {file.name} does not have all of its students"
     if asked.together and not any(row.layer is None for row in stored.rows):
         return f"its {file.name} has no rows for all layers together"
     return stored
+
+
+def _without_edits(identity: EvaluationIdentity) -> EvaluationIdentity:
+    """Return what else an evaluation was made on: edited layers compare with others, as layers of another kind do."""
+    return replace(identity, edits=None)
 
 
 def _require_alike(runs: Sequence[Path], identities: Sequence[EvaluationIdentity]) -> None:

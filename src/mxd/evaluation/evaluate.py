@@ -9,6 +9,7 @@ from typing import Any, cast
 
 from torch import nn
 
+from mxd.checkpoint import edits_digest
 from mxd.edits import edits_of
 from mxd.evaluation.ablation import draw_ablations
 from mxd.evaluation.curves import read_curves
@@ -83,13 +84,15 @@ def evaluate_run(
         ValueError: If the run is not finished, has no such student, or has none that all layers have for `together`.
     """
     description = read_finished_run(run)
+    # Before the layers are read: what is edited meanwhile is then found to be of other edits.
+    edits = edits_digest(run)
     chosen = load_students(run, description["students"], students, ks)
     places = [(student.candidate.layer, student.id) for student in chosen if student.as_trained]
     at_once = settings_together(run, places) if together else {}
     opened = open_run(run, description, text, tokens, device)
     for student in chosen:
         student.candidate.network.to(next(cast("nn.Module", opened.language_model.model).parameters()).device)
-    return _evaluate(opened, chosen, at_once)
+    return _evaluate(replace(opened, identity=replace(opened.identity, edits=edits)), chosen, at_once)
 
 
 _OF_FRONTIER_ALONE = ("frontier.svg", "frontier.md", "frontier.json")

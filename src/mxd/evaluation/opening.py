@@ -43,7 +43,7 @@ class OpenedRun:
     text_name: str
     """The text's name, for people."""
     identity: EvaluationIdentity
-    """What is evaluated on what."""
+    """The model and the text; of edits nothing, because no layer is read."""
 
 
 def read_finished_run(run: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ EVALUATION_FILE = "evaluation.json"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluationIdentity:
-    """What an evaluation was made on; the rows of two evaluations compare if this is equal."""
+    """What an evaluation was made on; the rows of two evaluations compare if all but the edits is equal."""
 
     model: str
     """Fingerprint of the language model."""
@@ -30,6 +30,8 @@ class EvaluationIdentity:
     """What happens at BOS and padding: `replace` or `passthrough`."""
     metrics: int = METRICS_VERSION
     """Version of the definitions of the numbers."""
+    edits: str | None = None
+    """Digest of the edits of the run's layers (`mxd.checkpoint.edits_digest`); None where none is edited."""
 
 
 class StoredEvaluation(NamedTuple):
@@ -76,7 +78,8 @@ def read_record(path: Path) -> StoredEvaluation:
         raise ValueError(f"{path} must hold JSON; it does not ({error}).") from error
     content = cast("Mapping[str, Any]", value if isinstance(value, dict) else {})
     identity, facts, rows = (content.get(name) for name in ("identity", "facts", "rows"))
-    if not isinstance(identity, dict) or set(cast("Mapping[str, Any]", identity)) != _IDENTITY:
+    # Records that were written before layers could be edited do not have the last one.
+    if not isinstance(identity, dict) or set(cast("Mapping[str, Any]", identity)) | {"edits"} != _IDENTITY:
         raise ValueError(f"{path} must say what it was measured on; it is of another version of mxd.")
     if identity["metrics"] != METRICS_VERSION:
         raise ValueError(

@@ -22,6 +22,7 @@ from mxd.evaluation.students import TrainedStudent, load_students
 from mxd.layers import SparseLayer
 from mxd.models import LanguageModel, mlp_pairs
 from mxd.steering import steer
+from mxd.steering.sampling import NEUTRAL
 
 MOST_NEW_TOKENS = 256
 _ROWS_AT_ONCE = 64
@@ -270,9 +271,9 @@ class _Pieces:
 def _generate(language_model: LanguageModel, ids: list[int], request: SteeringRequest, pieces: _Pieces) -> None:
     model = cast("Any", language_model.model)
     prompt = torch.tensor([ids], device=next(model.parameters()).device)
-    sampling: dict[str, Any] = {"do_sample": False}
+    sampling: dict[str, Any] = {**NEUTRAL, "do_sample": request.temperature > 0}
     if request.temperature > 0:
-        sampling = {"do_sample": True, "temperature": request.temperature, "top_k": 0, "top_p": 1.0}
+        sampling["temperature"] = request.temperature
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(request.seed)
         model.generate(

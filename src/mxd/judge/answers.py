@@ -1,14 +1,16 @@
-"""What judges are made to answer: one JSON value, somewhere in their words."""
+"""What judges are made to answer: one JSON value, the last such one in their words.
+
+The last, because some models think aloud first, and repeat what they were asked while they do.
+"""
 
 import json
-import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import cast
 
 
 def read_scores(said: str, names: Sequence[str]) -> tuple[float, ...]:
-    """Return the numbers from 0 to 1 that an answer's JSON object gives these names.
+    """Return the numbers from 0 to 1 that the last such JSON object of an answer gives these names.
 
     Raises:
         ValueError: If there is no such object in the answer.
@@ -17,21 +19,19 @@ def read_scores(said: str, names: Sequence[str]) -> tuple[float, ...]:
         >>> read_scores('Sure! {"coherence": 0.75, "fluency": 1}', ["coherence", "fluency"])
         (0.75, 1.0)
     """
-    for found in re.finditer(r"\{[^{}]*\}", said):
+    for found in reversed(re.findall(r"\{[^{}]*\}", said)):
         try:
-            value = cast("Mapping[str, object]", json.loads(found[0]))
-        except ValueError:
+            value = cast("Mapping[str, object]", json.loads(found))
+        except (ValueError, RecursionError):
             continue
         numbers = [value.get(name) for name in names]
-        if all(type(number) in (int, float) for number in numbers):
-            scores = tuple(float(cast("float", number)) for number in numbers)
-            if all(math.isfinite(score) and 0 <= score <= 1 for score in scores):
-                return scores
+        if all(type(number) in (int, float) and 0 <= cast("float", number) <= 1 for number in numbers):
+            return tuple(float(cast("float", number)) for number in numbers)
     raise ValueError(f"no JSON object with numbers from 0 to 1 for {', '.join(names)}")
 
 
 def read_verdicts(said: str, count: int) -> tuple[bool, ...]:
-    """Return the list of `count` zeros and ones that an answer holds.
+    """Return the last list of `count` zeros and ones that an answer holds.
 
     Raises:
         ValueError: If there is none.
@@ -40,9 +40,9 @@ def read_verdicts(said: str, count: int) -> tuple[bool, ...]:
         >>> read_verdicts("[1, 0, 1]", 3)
         (True, False, True)
     """
-    for found in re.finditer(r"\[[\s\d,]*\]", said):
+    for found in reversed(re.findall(r"\[[\s\d,]*\]", said)):
         try:
-            value = cast("list[object]", json.loads(found[0]))
+            value = cast("list[object]", json.loads(found))
         except ValueError:
             continue
         if len(value) == count and all(type(entry) is int and entry in (0, 1) for entry in value):

@@ -15,7 +15,7 @@ from mxd.evaluation.faithfulness import Candidate, reconstructions
 from mxd.evaluation.firings import Firings, collect_firings
 from mxd.evaluation.opening import OpenedRun, open_run, read_finished_run
 from mxd.evaluation.students import load_students
-from mxd.judge.endpoint import Estimate, Judge
+from mxd.judge.endpoint import Estimate, Judge, tokens_about
 from mxd.judge.examples import Examples, choose_examples
 from mxd.judge.interpretation import ASKED_AT_ONCE, DETECT, LONGEST, Interpretation, Interpreter
 from mxd.models import find_mlp
@@ -95,11 +95,11 @@ def gather_latents(
 
 
 def estimate_explanations(judge: Judge, latents: Latents) -> Estimate:
-    """Return what explaining and testing these latents costs at most, with explanations of full length."""
+    """Return what explaining and testing these latents costs, about, with explanations of full length."""
     interpreter = _interpreter(judge, latents)
     total = judge.estimate([interpreter.explain_question(one.examples) for one in latents.chosen])
     tests = 0
-    characters = 0
+    read = total.read
     for one in latents.chosen:
         for cases in (
             interpreter.detection_cases(one.examples),
@@ -107,8 +107,8 @@ def estimate_explanations(judge: Judge, latents: Latents) -> Estimate:
         ):
             asked = -(-len(cases) // ASKED_AT_ONCE)
             tests += asked
-            characters += sum(len(text) for text, _ in cases) + asked * (len(DETECT) + 500)
-    return judge.priced(total.calls + tests, total.read + round(characters / 3.5), total.written + tests * LONGEST)
+            read += sum(tokens_about(text) for text, _ in cases) + asked * tokens_about(DETECT + " " * 500)
+    return judge.priced(total.calls + tests, read, total.written + tests * LONGEST)
 
 
 def explain_latents(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mxd.atomic import JSON
 from mxd.data.tokenization import Tokenizer
-from mxd.edits import Ablate, Add, Clamp, Edit, Operation, Scale, Set, Span
+from mxd.edits import Ablate, Add, Clamp, Edit, Operation, Scale, Set, Span, with_edits
 from mxd.evaluation.faithfulness import Candidate, EvaluationText, Variant, replacement
 from mxd.evaluation.firings import collect_firings
 from mxd.models import LanguageModel
@@ -34,7 +34,7 @@ class Intervention:
     """What is set or added, the factor of `scale`, or the bound of `clamp`."""
     unit: Unit = "value"
     """What the strength of `set`, `add` and `clamp` is given in: the latent's value itself, or the 99th percentile of
-    the values that it takes where it fires in the held-out text."""
+    the values that it takes where it fires in the held-out text, in the layer as it was trained."""
     positions: tuple[int, ...] = ()
     """Positions in the sequence that are steered, from 0; all where there is none."""
     generated_only: bool = False
@@ -227,8 +227,9 @@ class Experiment:
         )
 
     def _find_units(self, latents: Sequence[int]) -> dict[int, float | None]:
-        place = self.student
-        firings = collect_firings(self._model, place.layer, place.network, self.text, latents)
+        # As the layer was trained: a latent that an edit has ablated, or set, still has its unit.
+        network = with_edits(self.student.network, ())
+        firings = collect_firings(self._model, self.student.layer, network, self.text, latents)
         return {latent: firings.quantile(latent, UNIT_QUANTILE) for latent in latents}
 
     def _replaced(self) -> Any:

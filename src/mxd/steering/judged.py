@@ -22,7 +22,7 @@ judged as code).
 1 = flawless.
 Texts begin and end abruptly because they are cut out; do not count that against fluency.
 
-Answer with one JSON object and nothing else, as in {"coherence": 0.5, "fluency": 0.75}."""
+Answer with one JSON object and nothing else, {"coherence": X, "fluency": Y}, with your numbers for X and Y."""
 
 LONGEST = 200
 """Tokens of an answer; some models think aloud before the object."""

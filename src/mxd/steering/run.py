@@ -93,7 +93,7 @@ def _key(
 ) -> str:
     parameter = next(student.network.parameters())
     return row_key(
-        on=cast("JSON", asdict(opened.identity)),
+        on=_read(opened),
         student=student.name,
         layer=fingerprint(student.network),
         edits=[edit.to_json() for edit in edits_of(student.network)],
@@ -104,13 +104,18 @@ def _key(
     )
 
 
+def _read(opened: OpenedRun) -> dict[str, JSON]:
+    """Return what text is read by which model; the edits of each student are named by its rows."""
+    return {name: value for name, value in asdict(opened.identity).items() if name != "edits"}
+
+
 def _settings(
     opened: OpenedRun, latents: Sequence[int], sampling: Sampling, intervention: Intervention
 ) -> dict[str, JSON]:
     return {
         "model": opened.language_model.id,
         "text": opened.text_name,
-        "identity": asdict(opened.identity),
+        "identity": _read(opened),
         "latents": list(latents),
         "sampling": asdict(sampling),
         "intervention": asdict(intervention),

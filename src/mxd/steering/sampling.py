@@ -1,8 +1,9 @@
 """How texts are sampled from a steered model: Hugging Face's `generate`, and what it lacks of the paper's protocol."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
@@ -11,6 +12,53 @@ from torch import Tensor, nn
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from mxd.data.tokenization import Tokenizer, bos_token
+
+NEUTRAL: Mapping[str, object] = MappingProxyType(
+    {
+        "temperature": 1.0,
+        "top_k": 0,
+        "top_p": 1.0,
+        "min_p": None,
+        "top_h": None,
+        "typical_p": 1.0,
+        "epsilon_cutoff": 0.0,
+        "eta_cutoff": 0.0,
+        "repetition_penalty": 1.0,
+        "encoder_repetition_penalty": 1.0,
+        "no_repeat_ngram_size": 0,
+        "encoder_no_repeat_ngram_size": 0,
+        "min_length": 0,
+        "min_new_tokens": None,
+        "max_time": None,
+        "stop_strings": None,
+        "num_beams": 1,
+        "num_beam_groups": 1,
+        "diversity_penalty": 0.0,
+        "length_penalty": 1.0,
+        "early_stopping": False,
+        "constraints": None,
+        "force_words_ids": None,
+        "bad_words_ids": None,
+        "suppress_tokens": None,
+        "begin_suppress_tokens": None,
+        "forced_bos_token_id": None,
+        "forced_eos_token_id": None,
+        "sequence_bias": None,
+        "exponential_decay_length_penalty": None,
+        "renormalize_logits": False,
+        "remove_invalid_values": False,
+        "guidance_scale": None,
+        "penalty_alpha": None,
+        "dola_layers": None,
+        "watermarking_config": None,
+        "token_healing": False,
+        "prompt_lookup_num_tokens": None,
+        "assistant_early_exit": None,
+        "return_dict_in_generate": False,
+    }
+)
+"""Everything that a model's own generation_config can ask `generate` for and that shapes what is written, at the value
+that does nothing: so the probabilities are the model's, and what is wanted otherwise is named beside it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,22 +160,15 @@ def sample_texts(
 
 
 def _generate(model: nn.Module, prompt: Tensor, sampling: Sampling) -> Tensor:
-    # A model's own generation_config may ask for more; what it can name that shapes the distribution is set here.
     return cast("Callable[..., Tensor]", model.generate)(
         prompt,
         attention_mask=torch.ones_like(prompt),
         do_sample=True,
         num_return_sequences=sampling.samples,
         max_new_tokens=sampling.new_tokens,
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        top_k=0,
-        min_p=None,
-        typical_p=1.0,
-        repetition_penalty=1.0,
-        eos_token_id=None,
         logits_processor=LogitsProcessorList([FrequencyPenalty(sampling.frequency_penalty, prompt.shape[1])]),
         use_cache=True,
+        **{**NEUTRAL, "temperature": sampling.temperature, "top_p": sampling.top_p, "eos_token_id": None},
     )
 
 
