@@ -4,7 +4,7 @@ import copy
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import pytest
 import torch
@@ -166,7 +166,7 @@ def test_our_mixer_is_the_equations_and_has_timms_names() -> None:
     assert full.state_dict().keys() == {f"{name}.{part}" for name in modules for part in ("weight", "bias")}
 
 
-def test_timms_own_mixer_is_replaced_and_takes_our_weights() -> None:
+def test_timms_own_mixer_is_replaced_takes_our_weights_and_is_saved(tmp_path: Path) -> None:
     timm = pytest.importorskip("timm", reason="timm is not installed (pip install 'mxd[vision]')", exc_type=ImportError)
     theirs = timm.create_model("mixer_s16_224", pretrained=False)
     ours = MlpMixer(MixerConfig())
@@ -175,7 +175,34 @@ def test_timms_own_mixer_is_replaced_and_takes_our_weights() -> None:
     torch.testing.assert_close(theirs.eval()(image), ours.eval()(image))
     choice = MlpChoice(kind="cp", num_experts=(64,), rank_fraction=0.75, normalization="batch")
     assert [config.ranks for config in replace_mlps(theirs, choice).values()] == [(147,), (384,)] * 8
-    assert theirs(image).shape == (1, 1000)
+    logits = theirs.eval()(image)
+    assert logits.shape == (1, 1000)
+    save_model(theirs, tmp_path)
+    torch.testing.assert_close(load_model(tmp_path)(image), logits)
+
+
+class ForeignMixer(nn.Module):
+    """Another library's Mixer: the same modules under the same names, and no configuration."""
+
+    def __init__(self, ours: MlpMixer) -> None:
+        super().__init__()
+        self.stem, self.blocks, self.norm, self.head = ours.stem, ours.blocks, ours.norm, ours.head
+        self.forward = ours.forward
+
+
+@pytest.mark.parametrize("kind", ["dense", "cp"])
+def test_a_mixer_of_another_library_is_saved_as_ours(kind: Literal["dense", "cp"], tmp_path: Path) -> None:
+    ours = MlpMixer(MIXER)
+    foreign = ForeignMixer(ours)
+    replace_mlps(foreign, MlpChoice(kind=kind, num_experts=(4,), normalization="batch"))
+    for parameter in foreign.parameters():
+        nn.init.normal_(parameter)
+    images = torch.randn(2, MIXER.channels, MIXER.image_size, MIXER.image_size)
+    expected = foreign.eval()(images)
+    save_model(foreign, tmp_path)
+    torch.testing.assert_close(load_model(tmp_path)(images), expected)
+    with pytest.raises(ValueError, match="must be of transformers or an MlpMixer"):
+        save_model(nn.Linear(2, 2), tmp_path)
 
 
 def test_stochastic_depth_drops_whole_images_and_keeps_the_mean() -> None:
@@ -218,6 +245,9 @@ def test_damaged_folders_are_refused(tmp_path: Path) -> None:
     del changed["blocks"]["blocks.0.mlp_tokens"]["gate"]
     config.write_text(json.dumps(changed))
     refused(ValueError, "gate are missing or unknown")
+    for change in ({"model": None}, {"model": {"d_model": "x"}}, {"blocks": {"blocks.9.mlp": changed["blocks"]}}):
+        config.write_text(json.dumps(json.loads(good_config) | change))
+        refused(ValueError, "must (describe a model|give)")
     config.write_text('{"format": "mxd"}')
     refused(ValueError, "must describe a multilinear model")
     config.write_text("{")

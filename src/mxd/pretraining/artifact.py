@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mxd.atomic import JSON, write_bytes_atomically, write_json_atomically
 from mxd.multilinear import MultilinearMLP, MultilinearMLPConfig
-from mxd.pretraining.mixer import MixerConfig, MlpMixer
+from mxd.pretraining.mixer import MixerConfig, MlpMixer, mixer_config
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 FORMAT, FORMAT_VERSION = "mxd-multilinear", 1
@@ -27,13 +27,14 @@ def save_model(model: nn.Module, folder: str | Path) -> None:
     does not know with random weights.
 
     Args:
-        model: A Hugging Face language model, or an `MlpMixer`.
+        model: A Hugging Face language model, an `MlpMixer`, or timm's own MLP-Mixer, which is read as an `MlpMixer`.
         folder: Where to write; made where it does not exist.
 
     Raises:
-        ValueError: If the model is neither.
+        ValueError: If the model is none of these.
         OSError: If the folder cannot be written.
     """
+    model = _as_our_mixer(model) or model
     if isinstance(model, MlpMixer):
         family, described = MIXER, cast("dict[str, JSON]", asdict(model.config))
     else:
@@ -77,9 +78,7 @@ def load_model(folder: str | Path) -> nn.Module:
     except SafetensorError as error:
         raise ValueError(f"{folder / WEIGHTS_FILE} must be a safetensors file; it does not parse ({error}).") from error
     with torch.random.fork_rng(devices=[]):
-        model = _skeleton(folder / CONFIG_FILE, config)
-        for path, described in cast("dict[str, dict[str, Any]]", config["blocks"]).items():
-            model.set_submodule(path, MultilinearMLP(_block_config(folder / CONFIG_FILE, path, described)), strict=True)
+        model = _described_model(folder / CONFIG_FILE, config)
     model.to(next((tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()), torch.float32))
     own = model.state_dict()
     expected = _distinct(model)
@@ -110,17 +109,37 @@ def _distinct(model: nn.Module) -> dict[str, Tensor]:
     return distinct
 
 
-def _skeleton(path: Path, config: Mapping[str, Any]) -> nn.Module:
-    described = dict(config["model"])
-    try:
-        if config["family"] == MIXER:
-            return MlpMixer(MixerConfig(**described))
-        from transformers import AutoConfig, AutoModelForCausalLM
+def _as_our_mixer(model: nn.Module) -> MlpMixer | None:
+    """Return an `MlpMixer` with the blocks and weights of another library's; None where the model is no such Mixer."""
+    config = None if isinstance(model, MlpMixer) else mixer_config(model)
+    if config is None:
+        return None
+    with torch.random.fork_rng(devices=[]):
+        ours = MlpMixer(config)
+    for path, module in model.named_modules():
+        if isinstance(module, MultilinearMLP):
+            ours.set_submodule(path, module, strict=True)
+    ours.to(next(model.parameters()).dtype).load_state_dict(model.state_dict())
+    return ours
 
-        model_type = described.pop("model_type")
-        return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **described))
-    except (KeyError, TypeError) as error:
+
+def _described_model(path: Path, config: Mapping[str, Any]) -> nn.Module:
+    try:
+        model = _skeleton(dict(config["model"]), config["family"])
+        for place, described in dict(config["blocks"]).items():
+            model.set_submodule(place, MultilinearMLP(_block_config(path, place, described)), strict=True)
+    except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} must describe a model; it does not ({error}). Restore it from its source.") from error
+    return model
+
+
+def _skeleton(described: dict[str, Any], family: str) -> nn.Module:
+    if family == MIXER:
+        return MlpMixer(MixerConfig(**described))
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    model_type = described.pop("model_type")
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **described))
 
 
 def _block_config(path: Path, place: str, described: Mapping[str, Any]) -> MultilinearMLPConfig:

@@ -1,10 +1,13 @@
 """An MLP-Mixer in plain PyTorch, whose weights have the names that timm gives them."""
 
+import math
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from mxd.multilinear import MultilinearMLPConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -136,3 +139,35 @@ class MlpMixer(nn.Module):
     def forward(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
         """Return the logits."""
         return self.head(self.norm(self.blocks(self.stem(images))).mean(1))
+
+
+def mixer_config(model: nn.Module) -> MixerConfig | None:
+    """Return the shape of an MLP-Mixer of any library with timm's names, mixtures in its blocks or not.
+
+    None for any other model. Stochastic depth, which only training knows, is not read.
+    """
+    stem, head = (getattr(part, "proj", part) for part in (getattr(model, "stem", None), getattr(model, "head", None)))
+    blocks = getattr(model, "blocks", None)
+    if not isinstance(stem, nn.Conv2d) or not isinstance(head, nn.Linear) or not isinstance(blocks, nn.Sequential):
+        return None
+    tokens, channels = (_widths(getattr(blocks[0], name, None)) for name in ("mlp_tokens", "mlp_channels"))
+    if tokens is None or channels is None:
+        return None
+    return MixerConfig(
+        image_size=math.isqrt(tokens[0]) * stem.kernel_size[0],
+        channels=stem.in_channels,
+        patch_size=stem.kernel_size[0],
+        num_blocks=len(blocks),
+        d_model=channels[0],
+        d_token=tokens[1],
+        d_channel=channels[1],
+        num_classes=head.out_features,
+    )
+
+
+def _widths(mlp: nn.Module | None) -> tuple[int, int] | None:
+    """Return the input's and the hidden width of a block's MLP."""
+    config, first = getattr(mlp, "config", None), getattr(mlp, "fc1", None)
+    if isinstance(config, MultilinearMLPConfig):
+        return config.d_in, config.d_hidden
+    return (first.in_features, first.out_features) if isinstance(first, nn.Linear) else None
