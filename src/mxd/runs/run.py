@@ -109,6 +109,9 @@ def locked(path: Path) -> Generator[None, None, None]:
     Raises:
         ValueError: If another process, or this one elsewhere, has the lock, or the path is a file.
     """
+    if not _has_locks():
+        yield
+        return
     _refuse_file(path)
     path.mkdir(parents=True, exist_ok=True)
     with exclusive(path / LOCK_FILE, f"another process is training in {path}; wait for it or stop it."):
@@ -129,7 +132,7 @@ def exclusive(lock: Path, refusal: str) -> Generator[None, None, None]:
     Raises:
         ValueError: If somebody else has the lock.
     """
-    if find_spec("fcntl") is None:
+    if not _has_locks():
         yield
         return
     import fcntl
@@ -152,6 +155,10 @@ def exclusive(lock: Path, refusal: str) -> Generator[None, None, None]:
         finally:
             # Closing alone would leave the lock to forked children, which share the open file.
             fcntl.flock(file, fcntl.LOCK_UN)
+
+
+def _has_locks() -> bool:
+    return find_spec("fcntl") is not None
 
 
 def _is_same(path: Path, file: IO[bytes]) -> bool:
