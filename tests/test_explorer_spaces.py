@@ -10,7 +10,6 @@ import pytest
 import torch
 from rich.console import Console
 
-from mxd.data.tokenization import Tokenizer
 from mxd.evaluation.collect import LatentStatistics
 from mxd.evaluation.experts import expert_pages
 from mxd.evaluation.opening import open_run, read_finished_run
@@ -101,7 +100,7 @@ def test_the_pages_of_single_experts_have_their_spaces(run: Path) -> None:
     statistics = LatentStatistics(network.config.num_latents, contexts_kept=1)
     places = torch.arange(contexts.numel())
     statistics.update(SparseCode(*code), places // contexts.shape[1], places % contexts.shape[1])
-    pages = expert_pages(model, student.candidate, statistics, contexts, cast("Tokenizer", tokenizer), count=2)
+    pages = expert_pages(model, student.candidate, statistics, contexts, tokenizer, count=2)
     texts = ["".join(example.tokens) for page in pages for example in page.examples]
     assert texts
     words = {word for text in texts for word in text.replace(tiny_model.BOS, " ").replace(".", " ").split()}

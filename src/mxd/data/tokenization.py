@@ -67,7 +67,7 @@ def token_pieces(tokenizer: Tokenizer, sequences: Iterable[Sequence[int]]) -> It
         tokenizer: Turns tokens into text.
         sequences: Tokens, special ones too, that may begin and end within a text.
     """
-    anchor = cast("list[int]", tokenizer.encode("a", add_special_tokens=False))[-1:]
+    anchor = tokenizer.encode("a", add_special_tokens=False)[-1:]
 
     def decoded(ids: Sequence[int]) -> str:
         return str(tokenizer.decode([*anchor, *ids], clean_up_tokenization_spaces=False))

@@ -7,7 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-from mxd.probing.results import PROBING_FILE, VERSION
+from mxd.probing import PROBING_FILE, VERSION
 
 logger = logging.getLogger(__name__)
 
