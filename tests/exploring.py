@@ -4,7 +4,7 @@ import http.client
 import json
 import shutil
 import threading
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -79,11 +79,11 @@ class Served(NamedTuple):
 
 
 @contextmanager
-def served(run: Path) -> Generator[Served, None, None]:
+def served(run: Path, students: Sequence[str] = STUDENTS) -> Generator[Served, None, None]:
     """Serve a run's database for as long as this is open."""
     bound = listen(18321)
     port = int(bound.getsockname()[1])
-    app = make_app(library_of(run), LiveModel(run, STUDENTS), port)
+    app = make_app(library_of(run), LiveModel(run, students), port)
     server = uvicorn.Server(uvicorn.Config(app, log_level="error", access_log=False, lifespan="off"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
     thread.start()

@@ -167,6 +167,66 @@ def test_the_map_is_searched_and_walked_by_keys(server: Served, hostile: Path, p
     shoot(page, "tiny-latent")
 
 
+def a_dot(page: "Page") -> tuple[float, float]:
+    """Return where on the page a dot of the map is, and leave the map."""
+    box = page.locator("#map").bounding_box()
+    assert box is not None
+    for down in range(60, int(box["height"]) - 60, 12):
+        for across in range(70, int(box["width"]) - 30, 12):
+            x, y = box["x"] + across, box["y"] + down
+            page.mouse.move(x, y)
+            if page.locator(".tip").is_visible():
+                page.mouse.move(1, 1)
+                page.wait_for_selector(".tip", state="hidden")
+                return x, y
+    raise AssertionError("no dot")
+
+
+def test_dragging_the_map_opens_nothing_and_a_click_does(server: Served, page: "Page") -> None:
+    visit(page, server.url)
+    x, y = a_dot(page)
+    page.mouse.move(x, y)
+    page.mouse.down()
+    page.mouse.move(x + 50, y + 30, steps=4)
+    page.mouse.move(x, y, steps=4)
+    page.mouse.up()
+    assert page.locator(".tip").is_visible()
+    assert page.evaluate("() => location.hash") == ""
+    page.mouse.click(x, y)
+    page.wait_for_selector("article")
+
+
+def test_a_tap_shows_a_latent_and_the_second_opens_it(server: Served, browser: "Browser") -> None:
+    context = browser.new_context(viewport={"width": 700, "height": 860}, has_touch=True)
+    page = context.new_page()
+    visit(page, server.url)
+    x, y = a_dot(page)
+    page.touchscreen.tap(x, y)
+    page.wait_for_selector(".tip")
+    latent = page.inner_text(".tip .tag")
+    assert page.evaluate("() => location.hash") == ""
+    page.touchscreen.tap(x, y)
+    page.wait_for_selector("article")
+    assert page.evaluate("() => location.hash").endswith(f"/{latent}")
+    context.close()
+
+
+def answered(page: "Page", body: str) -> None:
+    page.route("**/api/steer", lambda route: route.fulfill(body=body))
+
+
+def test_continuations_that_end_early_are_not_done(server: Served, page: "Page") -> None:
+    lines = [{"side": "beside", "begins": True}, {"side": "beside", "text": " and"}, {"side": "beside", "ends": True}]
+    for more, said in (([], "broke off before both"), ([{"error": "no room left"}], "no room left")):
+        answered(page, "".join(json.dumps(line) + "\n" for line in [*lines, *more]))
+        visit(page, f"{server.url}#/steer/{STUDENT}/3")
+        page.fill("#prompt", "the cat")
+        page.click("button:has-text('Write')")
+        page.wait_for_selector(f"[role=status]:has-text('{said}')")
+        assert page.locator(".written").first.inner_text() == "the cat and"
+        page.unroute("**/api/steer")
+
+
 def test_a_label_is_written_and_found(server: Served, page: "Page") -> None:
     visit(page, f"{server.url}#/latent/{STUDENT}/4")
     page.fill("#label", "rivers & <trees>")

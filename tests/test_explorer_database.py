@@ -9,12 +9,26 @@ import pytest
 import torch
 from rich.console import Console
 
+from mxd.checkpoint import save_edits
 from mxd.data.tokens import content_positions
+from mxd.edits import Ablate, Edit
 from mxd.evaluation.opening import open_run, read_finished_run
 from mxd.evaluation.students import load_students
 from mxd.explorer import collect as collecting
+from mxd.explorer.code_store import CodeStore
 from mxd.explorer.collect import CollectConfig, collect
-from mxd.explorer.database import Label, identify_run, read_labels, reading, require_database, write_label
+from mxd.explorer.database import (
+    Label,
+    identify_run,
+    new_database,
+    read_labels,
+    reading,
+    require_database,
+    write_facts,
+    write_label,
+)
+from mxd.explorer.live import LiveModel
+from mxd.layers import SparseCode
 from mxd.models import mlp_pairs
 from tests.exploring import STUDENTS, explored, library_of
 from tests.tiny_run import Command, assert_refused, command, copied, tiny_run, tree
@@ -91,7 +105,7 @@ def test_labels_outlive_a_new_collection(run: Path, tmp_path: Path, mxd: Command
     with closing(sqlite3.connect(copy / "explorer.sqlite")) as connection:
         connection.execute("PRAGMA user_version=0")
     refused = mxd("explore", copy, "--no-serve")
-    assert_refused(refused, "explore", "version 1", "is of version 0", "--recollect")
+    assert_refused(refused, "explore", "version 2", "is of version 0", "--recollect")
     done = mxd("explore", copy, "--no-serve", "--recollect", "--student", STUDENTS[0], "--tokens", 128)
     assert done.status == 0
     with reading(copy / "explorer.sqlite") as connection:
@@ -197,6 +211,63 @@ def test_search_finds_by_number_token_text_label_and_concept(run: Path, tmp_path
     assert any(piece in by_text[0]["what"] for piece in ("the", "cat"))
     labels = library.labels(student)
     assert labels["concepts"] == {"names": ["docstring"], "latents": [[6, 0, 0.4]]}
+
+
+def test_a_database_of_other_edits_is_refused_until_collected_anew(run: Path, tmp_path: Path, mxd: Command) -> None:
+    copy = copied(run, tmp_path / "run")
+    layer = copy / "layers" / STUDENTS[0]
+    before = (copy / "explorer.sqlite").read_bytes()
+    save_edits(layer, [Edit(latents=(1,), operation=Ablate())])
+    refused = mxd("explore", copy, "--no-serve")
+    assert_refused(refused, "explore", "edits have changed since", "then none, now digest", "--recollect")
+    assert (copy / "explorer.sqlite").read_bytes() == before
+    asked = ("explore", copy, "--no-serve", "--student", STUDENTS[0], "--tokens", 128)
+    assert mxd(*asked, "--recollect").status == 0
+    assert mxd("explore", copy, "--no-serve").status == 0
+    assert rows(copy, "SELECT firings FROM latents WHERE latent = 1") == [{"firings": 0}]
+    save_edits(layer, [Edit(latents=(2,), operation=Ablate())])
+    assert_refused(mxd("explore", copy, "--no-serve"), "explore", "then digest", "now digest", "--recollect")
+    save_edits(layer, [])
+    assert_refused(mxd("explore", copy, "--no-serve"), "explore", "now none", "--recollect")
+
+
+def test_pages_that_need_the_model_refuse_layers_edited_since(run: Path, tmp_path: Path) -> None:
+    copy = copied(run, tmp_path / "run")
+    live = LiveModel(copy, STUDENTS)
+    save_edits(copy / "layers" / STUDENTS[0], [Edit(latents=(1,), operation=Ablate())])
+    with pytest.raises(ValueError, match=r"edited since.*--recollect"):
+        live.attribute(STUDENTS[0], "the cat")
+    assert LiveModel(copy, STUDENTS).attribute(STUDENTS[0], "the cat")
+
+
+def test_one_process_at_a_time_collects_a_database(run: Path, tmp_path: Path, mxd: Command) -> None:
+    copy = copied(run, tmp_path / "run")
+    path, before = copy / "explorer.sqlite", tree(copy)
+    few = ("--no-serve", "--student", STUDENTS[0], "--tokens", "128")
+    with new_database(path, identify_run(copy)) as connection:
+        during = tree(copy)
+        refused = mxd("explore", copy, "--recollect", *few)
+        assert_refused(refused, "explore", "Another process is collecting", "name another --database")
+        assert tree(copy) == during
+        # Another file is another collection.
+        assert mxd("explore", copy, "--database", tmp_path / "other.sqlite", *few).status == 0
+        write_facts(connection, {"collected": {"text": [], "tokens": None, "student": []}})
+    assert set(tree(copy)) == set(before)
+    assert mxd("explore", copy, "--recollect", *few).status == 0
+    assert set(tree(copy)) == set(before)
+
+
+def test_codes_that_something_else_changed_are_refused(tmp_path: Path) -> None:
+    code = SparseCode(torch.tensor([[1.0, 2.0]]), torch.tensor([[0, 3]]))
+    for changed in ("latents", "values"):
+        folder = tmp_path / changed
+        folder.mkdir()
+        store = CodeStore(folder, "0", num_places=1, num_latents=4)
+        store.add(code, torch.tensor([True]), 0)
+        path = folder / f"0.{changed}"
+        path.write_bytes(path.read_bytes() * 2)
+        with pytest.raises(OSError, match=r"must hold the 8 bytes.*it holds 16"):
+            store.finish()
 
 
 def test_probing_of_another_version_is_left_out(run: Path, tmp_path: Path) -> None:

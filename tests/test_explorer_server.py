@@ -4,6 +4,7 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import threading
 import urllib.request
 from collections.abc import Iterator
 from contextlib import closing
@@ -16,6 +17,7 @@ import torch
 from mxd.edits import Add, Edit
 from mxd.evaluation.opening import read_finished_run
 from mxd.evaluation.students import load_students
+from mxd.explorer import live
 from mxd.explorer.live import shares
 from mxd.explorer.pages import PAGE_FILES
 from mxd.explorer.server import listen
@@ -155,6 +157,58 @@ def test_shares_of_base_and_experts_sum_to_one_and_are_what_each_adds(kind: str)
         for part in row:
             added = part.value * layer.atoms(one[None], torch.tensor([[part.latent]]))[0, 0]
             assert part.share == pytest.approx((added @ out / (out @ out)).item())
+
+
+@pytest.mark.parametrize("numbers", [1, 20, 40, 150, 2**23])
+def test_few_atoms_are_in_memory_however_wide_the_code_is(monkeypatch: pytest.MonkeyPatch, numbers: int) -> None:
+    request = LayerRequest(d_in=6, d_out=6, d_hidden=8, num_latents=20, k=4, activation="gelu", rank=2)
+    layer = cast("Any", LAYERS["skip-transcoder"].layer)(LAYERS["skip-transcoder"].configure(request)).double().eval()
+    x = torch.randn(70, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    expected = shares(layer, x)
+    asked: list[int] = []
+    atoms = layer.atoms
+
+    def counted(rows: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+        asked.append(indices.numel())
+        return atoms(rows, indices)
+
+    monkeypatch.setattr(live, "_NUMBERS_AT_ONCE", numbers)
+    monkeypatch.setattr(layer, "atoms", counted)
+    parts, bases = shares(layer, x)
+    assert max(asked) <= max(numbers // 6, 1)
+    assert sum(asked) == 70 * 4
+    assert bases == pytest.approx(expected[1])
+    for row, other in zip(parts, expected[0], strict=True):
+        assert [part.latent for part in row] == [part.latent for part in other]
+        assert [part.share for part in row] == pytest.approx([part.share for part in other])
+    monkeypatch.setattr(live, "MOST_PARTS", sum(map(len, parts)) - 1)
+    with pytest.raises(ValueError, match="Shorten the text"):
+        shares(layer, x)
+
+
+def test_a_model_without_a_limit_of_its_own_has_the_pages(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(live, "MOST_TOKENS", 10)
+    model = live.LiveModel(run, STUDENTS)
+    with pytest.raises(ValueError, match=r"must fit in 10 tokens; it has 13\."):
+        model.attribute(STUDENT, "the cat sees")
+    assert len(cast("Any", model.attribute(STUDENT, "the cat")["tokens"])) == 8
+
+
+@pytest.mark.parametrize("error", [TypeError("a beam\nsearch"), KeyError(), AssertionError()])
+def test_a_continuation_that_breaks_off_says_so(
+    run: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception
+) -> None:
+    def broken(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(live, "_generate", broken)
+    request = live.SteeringRequest(STUDENT, "the cat", (), "replaced", 4, 0.0, 0)
+    pieces = list(live.LiveModel(run, STUDENTS).continuations(request, threading.Event()))
+    assert pieces[0] == {"side": "beside", "begins": True}
+    [said] = [piece["error"] for piece in pieces if "error" in piece]
+    assert said == ("a beam search" if error.args else f"The writing broke off ({type(error).__name__}).")
+    assert not any("ends" in piece for piece in pieces)
+    assert caplog.records[-1].exc_info
 
 
 def test_the_experts_of_a_text_are_those_of_the_model(run: Path, server: Served) -> None:

@@ -10,7 +10,16 @@ import pytest
 
 from mxd.atomic import JSON, canonical_json, write_bytes_atomically, write_json_atomically
 from mxd.evaluation.students import load_students
-from mxd.runs.run import create_run, is_finished, is_run, locked, mark_finished, read_configuration, reopen_run
+from mxd.runs.run import (
+    create_run,
+    exclusive,
+    is_finished,
+    is_run,
+    locked,
+    mark_finished,
+    read_configuration,
+    reopen_run,
+)
 
 
 def names(folder: Path) -> list[str]:
@@ -95,6 +104,25 @@ def test_one_process_at_a_time_trains_in_a_run(tmp_path: Path) -> None:
     with pytest.raises(KeyError), locked(run):
         raise KeyError
     assert subprocess.run(second, capture_output=True, text=True, check=True).stdout == "in\n"
+
+
+def test_a_lock_whose_file_was_removed_is_no_lock(tmp_path: Path) -> None:
+    fcntl = pytest.importorskip("fcntl")
+    lock, flock = tmp_path / "lock", fcntl.flock
+    with exclusive(lock, "taken"):
+        lock.unlink()
+    assert names(tmp_path) == []
+
+    def removed_meanwhile(file: object, operation: int) -> None:
+        flock(file, operation)
+        lock.unlink(missing_ok=True)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fcntl, "flock", removed_meanwhile)
+        with pytest.raises(ValueError, match=r"^taken$"), exclusive(lock, "taken"):
+            pass
+    with exclusive(lock, "taken"):
+        pass
 
 
 def test_a_lock_that_stayed_behind_is_no_run(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 import transformers as hf
 from tokenizers import Tokenizer, decoders, pre_tokenizers
-from tokenizers.models import BPE
+from tokenizers.models import BPE, Unigram
 
 from mxd.data.holdout import is_held_out
 
@@ -58,6 +58,20 @@ def write_text(path: Path, *, documents: int = 60, words: int = 80, seed: int = 
     rows = [json.dumps({"text": text}) for text in kept[False] + kept[True]]
     path.write_text("\n".join(rows) + "\n", encoding="utf-8")
     return path
+
+
+def spaced_tokenizer() -> hf.PreTrainedTokenizerFast:
+    """Return a tokenizer in SentencePiece's way, for the same models: words, letters, and the bytes of one emoji."""
+    words = [f"▁{word}" for word in WORDS if len(word) > 1]
+    letters = ["▁", *"abcdefghijklmnopqrstuvwxyz.,é"]
+    emoji = [f"<0x{byte:02X}>" for byte in "🎉".encode()]
+    pieces = ["<unk>", *words, "the", *letters, *emoji]
+    tokenizer = Tokenizer(Unigram([(piece, -1.0) for piece in pieces], unk_id=0, byte_fallback=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return hf.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD)
 
 
 def _tokenizer() -> hf.PreTrainedTokenizerFast:

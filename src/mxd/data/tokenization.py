@@ -26,6 +26,10 @@ CACHE_FORMAT = 2
 
 DOCUMENTS_AT_ONCE = 256
 
+_HALF_A_CHARACTER = "\ufffd"
+_TOKENS_OF_A_CHARACTER = 16
+"""Tokens after which the rest of a character is no longer waited for."""
+
 
 def bos_token(tokenizer: Tokenizer | None) -> int | None:
     """The token that begins a context, where there is one."""
@@ -49,6 +53,35 @@ def separator_token(tokenizer: Tokenizer | None) -> int | None:
     tokenizers it is the same token as EOS.
     """
     return bos_token(tokenizer) if bos_token(tokenizer) is not None else eos_token(tokenizer)
+
+
+def token_pieces(tokenizer: Tokenizer, sequences: Iterable[Sequence[int]]) -> Iterator[list[str]]:
+    """Yield what each token of some sequences adds to the text; the pieces of a sequence join to its text.
+
+    Tokens are decoded behind another one, as many tokenizers take away the space with which a text begins:
+    SentencePiece would give "the" for both "the" and " the". A character of several tokens is the piece of the last of
+    them, and the others have an empty one; what the end of the sequence leaves incomplete is U+FFFD, as decoding has
+    it.
+
+    Args:
+        tokenizer: Turns tokens into text.
+        sequences: Tokens, special ones too, that may begin and end within a text.
+    """
+    anchor = tokenizer.encode("a", add_special_tokens=False)[-1:]
+
+    def decoded(ids: Sequence[int]) -> str:
+        return str(tokenizer.decode([*anchor, *ids], clean_up_tokenization_spaces=False))
+
+    skipped = len(decoded(()))
+    for ids in sequences:
+        pieces: list[str] = []
+        begun = 0
+        for number in range(1, len(ids) + 1):
+            text = decoded(ids[begun:number])[skipped:]
+            waits = text.endswith(_HALF_A_CHARACTER) and number < len(ids) and number - begun < _TOKENS_OF_A_CHARACTER
+            pieces.append("" if waits else text)
+            begun = begun if waits else number
+        yield pieces
 
 
 class EncodedDocument(NamedTuple):

@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from mxd.data.tokenization import Tokenizer
+from mxd.data.tokenization import Tokenizer, token_pieces
 from mxd.evaluation.collect import LatentStatistics, choose_experts
 from mxd.evaluation.faithfulness import Candidate
 from mxd.evaluation.report import ExpertExample, ExpertPage
@@ -41,8 +41,10 @@ def expert_pages(
         code = candidate.network.encode((pair.target if candidate.network.reads == "output" else pair.x).float())
         values = torch.where(code.indices == latent, code.values, 0).sum(-1)
         examples = [
-            ExpertExample([str(tokenizer.decode([token])) for token in tokens], row, activation.position)
-            for tokens, row, activation in zip(shown.tolist(), values.tolist(), top, strict=True)
+            ExpertExample(pieces, row, activation.position)
+            for pieces, row, activation in zip(
+                token_pieces(tokenizer, shown.tolist()), values.tolist(), top, strict=True
+            )
         ]
         pages.append(
             ExpertPage(

@@ -80,10 +80,16 @@ class CodeStore:
                 file.write(numbers.tobytes())
 
     def finish(self) -> None:
-        """Put the entries in the order of latents; call it once, after the last token."""
+        """Put the entries in the order of latents; call it once, after the last token.
+
+        Raises:
+            OSError: If the files do not hold what was written to them.
+        """
         self._row_starts = _with_end(self._row_counts)
         self._starts = _with_end(self._firings)
         total = int(self._starts[-1])
+        for part in ("latents", "values"):
+            _require_size(self._paths[part], 4 * total)
         self._latents = _mapped(self._paths["latents"], np.int32, total, "r")
         by_token = _mapped(self._paths["values"], np.float32, total, "r")
         self._places = _mapped(self._paths["places"], np.int32, total, "w+")
@@ -139,6 +145,15 @@ def _runs(starts: Int[np.ndarray, " n_and_end"], entries: int, most: int = 2**62
         last = min(max(last, first + 1), first + most, rows)
         yield first, last
         first = last
+
+
+def _require_size(path: Path, size: int) -> None:
+    found = path.stat().st_size if path.exists() else 0
+    if found != size:
+        raise OSError(
+            f"{path} must hold the {size} bytes that were written to it; it holds {found}: something else changed it. "
+            "Collect again."
+        )
 
 
 def _mapped(path: Path, dtype: type[np.generic], length: int, mode: str) -> Array:

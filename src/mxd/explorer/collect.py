@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from mxd.atomic import JSON
 from mxd.bundled import held_out_modules
 from mxd.data.text import open_text
+from mxd.data.tokenization import token_pieces
 from mxd.data.tokens import HeldOut, content_positions, held_out_contexts, packed_contexts, special_tokens
 from mxd.evaluation.collect import LatentStatistics
 from mxd.evaluation.curves import read_curves
@@ -39,9 +40,6 @@ from mxd.layers import SparseCode
 from mxd.models import LanguageModel, mlp_pairs
 from mxd.runs.metrics_log import read_metrics
 from mxd.runs.progress import TrainingProgress
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 CONTEXTS_KEPT = 8
 """Strongest contexts of each latent."""
@@ -79,13 +77,15 @@ def collect(run: Path, database: Path, config: CollectConfig, console: Console |
 
     Raises:
         ValueError: If the run is not finished or has no such student, the text cannot be used, the database there is
-            another run's, or the disk is too small.
+            another run's or being collected elsewhere, or the disk is too small.
     """
     console = console if console is not None else Console(stderr=True)
     description = read_finished_run(run)
+    # Before the layers are read: edits made in between then make the database one of other edits.
+    identity = identify_run(run)
     students = load_students(run, description["students"], config.student)
     began = time.monotonic()
-    with new_database(database, identify_run(run)) as connection:
+    with new_database(database, identity) as connection:
         language_model = load_run_model(run, description, config.device)
         held_out, name = _text(description, language_model, config)
         with _scratch(database) as folder:
@@ -194,7 +194,8 @@ class _Collection:
         return TextTokens(self._contexts.flatten().numpy(), self._contexts.shape[1], occurrences.numpy())
 
     def _write_text(self, connection: sqlite3.Connection, text: TextTokens) -> None:
-        pieces = [_piece(self._tokenizer, token) for token in range(len(text.occurrences))]
+        alone = token_pieces(self._tokenizer, ([token] for token in range(len(text.occurrences))))
+        pieces = [piece for [piece] in alone]
         rows = zip(range(len(pieces)), pieces, text.occurrences.tolist(), strict=True)
         connection.executemany("INSERT INTO tokens VALUES (?, ?, ?)", rows)
         contexts = (
@@ -271,10 +272,6 @@ def _facts(
         "frontier": frontier_data(frontier_points(rows)) if rows else None,
         "curves": [curve._asdict() for curve in curves],
     }
-
-
-def _piece(tokenizer: "PreTrainedTokenizerBase", token: int) -> str:
-    return str(tokenizer.decode([token]))
 
 
 def _rows(contexts: Int[Tensor, "n context"]) -> Iterator[list[int]]:

@@ -7,9 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-PROBING_FILE = "probing.json"
-VERSION = 1
-"""Of that file."""
+from mxd.probing import PROBING_FILE, VERSION
 
 logger = logging.getLogger(__name__)
 

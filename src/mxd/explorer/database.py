@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from mxd.atomic import JSON, partial_path, sync_file, sync_folder
-from mxd.runs.run import CONFIGURATION_FILE, FINISHED_FILE
+from mxd.checkpoint import edits_digest
+from mxd.runs.run import CONFIGURATION_FILE, FINISHED_FILE, exclusive
 
 DATABASE_FILE = "explorer.sqlite"
-VERSION = 1
-"""Of the tables: raise it when they change."""
+VERSION = 2
+"""Of the tables and what their texts mean: raise it when they change."""
 
 _APPLICATION = 0x6D786445
 """Marks a SQLite file as the explorer's: "mxdE"."""
@@ -57,6 +58,8 @@ class RunIdentity(NamedTuple):
     """Name of the run's folder, for people."""
     digest: str
     """Of its `run.json` and `finished.json`."""
+    edits: str | None
+    """Of the edits in force in its layers; None where there are none."""
 
 
 class LatentRow(NamedTuple):
@@ -113,11 +116,15 @@ class Label(NamedTuple):
 
 
 def identify_run(run: Path) -> RunIdentity:
-    """Return the identity of a finished run."""
+    """Return the identity of a finished run.
+
+    Raises:
+        ValueError: If an edits.json is damaged.
+    """
     digest = hashlib.sha256()
     for name in (CONFIGURATION_FILE, FINISHED_FILE):
         digest.update((run / name).read_bytes())
-    return RunIdentity(run.resolve().name, digest.hexdigest())
+    return RunIdentity(run.resolve().name, digest.hexdigest(), edits_digest(run))
 
 
 @contextmanager
@@ -127,33 +134,46 @@ def new_database(path: Path, run: RunIdentity) -> Generator[sqlite3.Connection, 
     Labels of a database of the same run that stood there are kept.
 
     Raises:
-        ValueError: If a file that is no database of this run stands there.
+        ValueError: If a file that is no database of this run stands there, or another process is making one there.
         OSError: If it cannot be written.
     """
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path.parent} must be a folder to hold the database; it is none; make it first.")
-    labels = _labels_to_keep(path, run) if path.exists() else []
     partial = partial_path(path)
-    partial.unlink(missing_ok=True)
-    try:
-        with closing(sqlite3.connect(partial)) as connection:
-            # A half-written file is thrown away as a whole.
-            connection.executescript("PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF;" + _TABLES)
-            connection.execute(f"PRAGMA application_id={_APPLICATION}")
-            connection.execute(f"PRAGMA user_version={VERSION}")
-            connection.executemany("INSERT INTO facts VALUES (?, ?)", [("run", run.name), ("digest", run.digest)])
-            yield connection
-            # Kept as they are at the end: a page may have been open all the while.
-            labels = _labels_to_keep(path, run) if path.exists() else labels
-            connection.executemany("INSERT INTO labels VALUES (?, ?, ?, ?, ?)", labels)
-            connection.commit()
-        sync_file(partial)
-        os.replace(partial, path)
-    except sqlite3.OperationalError as error:
-        raise OSError(f"{path} must be writable, with room on its disk; it is not ({error}).") from error
-    finally:
+    with _alone(path):
+        labels = _labels_to_keep(path, run) if path.exists() else []
         partial.unlink(missing_ok=True)
+        try:
+            with closing(sqlite3.connect(partial)) as connection:
+                # A half-written file is thrown away as a whole.
+                connection.executescript("PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF;" + _TABLES)
+                connection.execute(f"PRAGMA application_id={_APPLICATION}")
+                connection.execute(f"PRAGMA user_version={VERSION}")
+                facts = [("run", run.name), ("digest", run.digest), ("edits", run.edits or "")]
+                connection.executemany("INSERT INTO facts VALUES (?, ?)", facts)
+                yield connection
+                # Kept as they are at the end: a page may have been open all the while.
+                labels = _labels_to_keep(path, run) if path.exists() else labels
+                connection.executemany("INSERT INTO labels VALUES (?, ?, ?, ?, ?)", labels)
+                connection.commit()
+            sync_file(partial)
+            os.replace(partial, path)
+        except sqlite3.OperationalError as error:
+            raise OSError(f"{path} must be writable, with room on its disk; it is not ({error}).") from error
+        finally:
+            partial.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+@contextmanager
+def _alone(path: Path) -> Generator[None, None, None]:
+    """Keep other processes from making a database in the same place; leave no lock behind."""
+    lock = path.with_name(f".{path.name}.lock")
+    with exclusive(lock, f"Another process is collecting {path}; wait for it, stop it or name another --database."):
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
 
 
 def require_database(path: Path, run: RunIdentity) -> None:
@@ -169,6 +189,12 @@ def require_database(path: Path, run: RunIdentity) -> None:
             "anew with --recollect, which keeps its labels, or name another --database."
         )
     _require_run(path, run, found)
+    if found.edits != run.edits:
+        raise ValueError(
+            f"{path} must be collected from the run's layers as they are; their edits have changed since (then "
+            f"{_named(found.edits)}, now {_named(run.edits)}). Collect it anew with --recollect, which keeps its "
+            "labels."
+        )
 
 
 def write_facts(connection: sqlite3.Connection, facts: Mapping[str, JSON]) -> None:
@@ -199,7 +225,7 @@ def write_latents(
 def read_facts(connection: sqlite3.Connection) -> dict[str, Any]:
     """Return what `write_facts` stored."""
     rows: list[tuple[str, str]] = connection.execute(
-        "SELECT name, value FROM facts WHERE name NOT IN ('run', 'digest')"
+        "SELECT name, value FROM facts WHERE name NOT IN ('run', 'digest', 'edits')"
     ).fetchall()
     return {name: json.loads(value) for name, value in rows}
 
@@ -250,12 +276,13 @@ def _inspect(path: Path) -> tuple[int, RunIdentity]:
             version = connection.execute("PRAGMA user_version").fetchone()[0]
             if application != _APPLICATION:
                 raise sqlite3.DatabaseError("it is another program's")
-            found = dict(connection.execute("SELECT name, value FROM facts WHERE name IN ('run', 'digest')").fetchall())
+            names = "('run', 'digest', 'edits')"
+            found = dict(connection.execute(f"SELECT name, value FROM facts WHERE name IN {names}").fetchall())
     except sqlite3.DatabaseError as error:
         raise ValueError(
             f"{path} must be a database of mxd explore; it is not ({error}); remove it or name another --database."
         ) from error
-    return version, RunIdentity(str(found.get("run")), str(found.get("digest")))
+    return version, RunIdentity(str(found.get("run")), str(found.get("digest")), found.get("edits") or None)
 
 
 def _require_run(path: Path, run: RunIdentity, found: RunIdentity) -> None:
@@ -264,6 +291,10 @@ def _require_run(path: Path, run: RunIdentity, found: RunIdentity) -> None:
             f"{path} must be a database of the run {run.name}; it is one of another run, {found.name} "
             f"(digest {found.digest[:12]}, expected {run.digest[:12]}); move it away or name another --database."
         )
+
+
+def _named(edits: str | None) -> str:
+    return "none" if edits is None else f"digest {edits[:12]}"
 
 
 def _labels_to_keep(path: Path, run: RunIdentity) -> list[tuple[Any, ...]]:

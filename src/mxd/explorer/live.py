@@ -1,5 +1,6 @@
 """The run's model, for what the pages compute while one looks at them: experts on a text, and steered continuations."""
 
+import logging
 import queue
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,20 +14,30 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mxd.atomic import JSON
-from mxd.data.tokenization import bos_token, eos_token
+from mxd.checkpoint import edits_digest
+from mxd.data.tokenization import bos_token, eos_token, token_pieces
 from mxd.data.tokens import special_tokens
 from mxd.edits import CodeEditor, Edit
 from mxd.evaluation.faithfulness import Variant
 from mxd.evaluation.opening import load_run_model, read_finished_run
 from mxd.evaluation.students import TrainedStudent, load_students
-from mxd.layers import SparseLayer
+from mxd.layers import SparseCode, SparseLayer
 from mxd.models import LanguageModel, mlp_pairs
 from mxd.steering import steer
-from mxd.steering.sampling import NEUTRAL
+from mxd.steering.sampling import NEUTRAL, most_positions
 
 MOST_NEW_TOKENS = 256
+MOST_TOKENS = 8192
+"""Tokens of a text and what is written on it, where the model could take more."""
+MOST_PARTS = 2**20
+"""Experts active on a text, counted on each token; a layer may have thousands on a token."""
+
 _ROWS_AT_ONCE = 64
-"""Tokens whose atoms are in memory at a time."""
+"""Tokens whose codes are in memory at a time."""
+_NUMBERS_AT_ONCE = 2**23
+"""Numbers of atoms in memory at a time."""
+
+logger = logging.getLogger(__name__)
 
 
 class Part(NamedTuple):
@@ -67,25 +78,52 @@ def shares(layer: SparseLayer, x: Float[Tensor, "tokens d_in"]) -> tuple[list[li
 
     $$\frac{\langle \mathrm{base}, y\rangle}{\|y\|^2} + \sum_j \frac{\langle v_j a_j, y\rangle}{\|y\|^2} = 1$$
 
-    A share is negative where a term points away from the sum.
+    A share is negative where a term points away from the sum. However wide the code is, as many atoms are in memory at
+    a time as `_NUMBERS_AT_ONCE` says.
 
     Returns:
         The experts of each token, the largest share first, and the share of the base of each token.
+
+    Raises:
+        ValueError: If more than `MOST_PARTS` experts are active, counted on each token.
     """
-    code = layer.encode(x)
     parts: list[list[Part]] = []
     bases: list[float] = []
-    for rows, values, indices in zip(*(column.split(_ROWS_AT_ONCE) for column in (x, *code)), strict=True):
-        terms = values[..., None] * layer.atoms(rows, indices)
-        base = layer.base(rows)
-        y = (base + terms.sum(1)).double()
+    active = 0
+    for rows in x.split(_ROWS_AT_ONCE):
+        code = layer.encode(rows)
+        active += int((code.values != 0).sum())
+        if active > MOST_PARTS:
+            raise ValueError(
+                f"The experts active on a text must be {MOST_PARTS} at most, counted on each token; they are more. "
+                "Shorten the text."
+            )
+        y, base = layer.decode(rows, code).double(), layer.base(rows).double()
         energy = y.square().sum(-1).clamp_min(torch.finfo(torch.float64).tiny)
-        each = (terms.double() * y[:, None]).sum(-1) / energy[:, None]
-        bases += ((base.double() * y).sum(-1) / energy).tolist()
-        for row in zip(indices.tolist(), values.tolist(), each.tolist(), strict=True):
-            active = [Part(*part) for part in zip(*row, strict=True) if part[1] != 0]
-            parts.append(sorted(active, key=lambda part: -part.share))
+        each = _towards(layer, rows, code, y) / energy[:, None]
+        bases += ((base * y).sum(-1) / energy).tolist()
+        for row in zip(code.indices.tolist(), code.values.tolist(), each.tolist(), strict=True):
+            found = [Part(*part) for part in zip(*row, strict=True) if part[1] != 0]
+            parts.append(sorted(found, key=lambda part: -part.share))
     return parts, bases
+
+
+def _towards(
+    layer: SparseLayer, x: Float[Tensor, "tokens d_in"], code: SparseCode, y: Float[Tensor, "tokens d_out"]
+) -> Float[Tensor, "tokens width"]:
+    """Return the inner product of each term of the output with the output."""
+    width, d_out = code.indices.shape[1], y.shape[1]
+    rows_at_once = min(max(_NUMBERS_AT_ONCE // max(width * d_out, 1), 1), len(x))
+    columns_at_once = max(_NUMBERS_AT_ONCE // (rows_at_once * d_out), 1)
+    found = torch.empty(code.values.shape, dtype=y.dtype, device=y.device)
+    for first in range(0, len(x), rows_at_once):
+        rows = slice(first, first + rows_at_once)
+        for start in range(0, width, columns_at_once):
+            columns = slice(start, start + columns_at_once)
+            atoms = layer.atoms(x[rows], code.indices[rows, columns])
+            along = torch.einsum("nkd,nd->nk", atoms.to(y.dtype), y[rows])
+            found[rows, columns] = along * code.values[rows, columns].to(y.dtype)
+    return found
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -107,6 +145,7 @@ class LiveModel:
 
     def __init__(self, run: Path, students: Sequence[str], device: str | None = None) -> None:
         self._run, self._students, self._device = run, tuple(students), device
+        self._edits = edits_digest(run)
         self._loaded: _Loaded | None = None
         self._lock = threading.Lock()
 
@@ -114,7 +153,8 @@ class LiveModel:
         """Return token by token which experts fire on a text and how much of the output each accounts for.
 
         Raises:
-            ValueError: If the text is empty or longer than the model's context, or there is no such student.
+            ValueError: If the text is empty or too long, there is no such student, or the run's layers have been
+                edited since this was made.
         """
         with self._lock:
             loaded = self._load()
@@ -129,16 +169,17 @@ class LiveModel:
             parts, bases = shares(network, x[0].to(network.scorer.weight))
         tokenizer = loaded.language_model.tokenizer
         special = special_tokens(tokenizer)
+        [pieces] = token_pieces(tokenizer, [ids])
         return {
             "student": student,
             "tokens": [
                 {
-                    "text": str(tokenizer.decode([token])),
+                    "text": piece,
                     "special": token in special,
                     "base": round(base, 4),
                     "experts": [[part.latent, round(part.value, 4), round(part.share, 4)] for part in row],
                 }
-                for token, base, row in zip(ids, bases, parts, strict=True)
+                for token, piece, base, row in zip(ids, pieces, bases, parts, strict=True)
             ],
         }
 
@@ -183,8 +224,10 @@ class LiveModel:
                     written.put({"side": side, "ends": True})
         except _StoppedError:
             pass
-        except (RuntimeError, ValueError) as error:
-            written.put({"error": " ".join(str(error).split())})
+        # Whatever it is, the reader must learn that what it has is not the whole.
+        except Exception as error:
+            logger.exception("A continuation broke off.")
+            written.put({"error": " ".join(str(error).split()) or f"The writing broke off ({type(error).__name__})."})
         finally:
             written.put(None)
 
@@ -201,6 +244,11 @@ class LiveModel:
 
     def _load(self) -> _Loaded:
         if self._loaded is None:
+            if edits_digest(self._run) != self._edits:
+                raise ValueError(
+                    f"The layers of {self._run} must be as they were collected; they have been edited since. Stop the "
+                    "server and start it with --recollect."
+                )
             description = read_finished_run(self._run)
             language_model = load_run_model(self._run, description, self._device)
             device = next(cast("nn.Module", language_model.model).parameters()).device
@@ -222,12 +270,12 @@ class LiveModel:
             raise ValueError("The text must have at least one token; it has none. Type something.")
         bos = bos_token(tokenizer)
         ids = ids if bos is None else [bos, *ids]
-        longest = getattr(loaded.language_model.model.config, "max_position_embeddings", None)
-        if isinstance(longest, int) and len(ids) + new_tokens > longest:
+        own = most_positions(cast("nn.Module", loaded.language_model.model))
+        longest = MOST_TOKENS if own is None else min(own, MOST_TOKENS)
+        if len(ids) + new_tokens > longest:
             more = f" and {new_tokens} to be written" if new_tokens else ""
-            raise ValueError(
-                f"The text must fit the model's context of {longest} tokens; it has {len(ids)}{more}. Shorten it."
-            )
+            limit = "the model's context of" if longest == own else "in"
+            raise ValueError(f"The text must fit {limit} {longest} tokens; it has {len(ids)}{more}. Shorten it.")
         return ids
 
 
@@ -243,7 +291,6 @@ class _Pieces:
     ) -> None:
         self._tokenizer, self._side, self._stop, self._written = loaded.language_model.tokenizer, side, stop, written
         self._ids: list[int] = []
-        self._shown = 0
         self._prompt_is_past = False
 
     def put(self, value: Tensor) -> None:
@@ -261,11 +308,12 @@ class _Pieces:
         self._pass_on(whole=True)
 
     def _pass_on(self, *, whole: bool) -> None:
-        text = str(self._tokenizer.decode(self._ids))
+        [pieces] = token_pieces(self._tokenizer, [self._ids])
+        text = "".join(pieces)
         # A character whose bytes are not all there yet decodes to the replacement character.
-        if len(text) > self._shown and (whole or not text.endswith("\ufffd")):
-            self._written.put({"side": self._side, "text": text[self._shown :]})
-            self._shown = len(text)
+        if text and (whole or not text.endswith("\ufffd")):
+            self._written.put({"side": self._side, "text": text})
+            self._ids = []
 
 
 def _generate(language_model: LanguageModel, ids: list[int], request: SteeringRequest, pieces: _Pieces) -> None:

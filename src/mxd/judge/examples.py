@@ -3,14 +3,15 @@
 import random
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
+from operator import itemgetter
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from mxd.data.tokenization import Tokenizer
+from mxd.data.tokenization import Tokenizer, token_pieces
 from mxd.evaluation.firings import Firings
 
 WINDOW = 32
@@ -82,17 +83,18 @@ def choose_examples(firings: Firings, contexts: Int[Tensor, "n context"], *, see
 
 def marked(piece: Piece, marks: Collection[int], contexts: Int[Tensor, "n context"], tokenizer: Tokenizer) -> str:
     """Return a piece's text, with the tokens at these positions between « and »."""
-    row: list[int] = contexts[piece.context].tolist()
-    parts: list[str] = []
-    position = piece.start
-    while position < piece.stop:
-        stop = position + 1
-        while stop < piece.stop and (stop in marks) == (position in marks):
-            stop += 1
-        text = str(tokenizer.decode(row[position:stop])).replace(OPEN, "‹").replace(CLOSE, "›")
-        parts.append(f"{OPEN}{text}{CLOSE}" if position in marks else text)
-        position = stop
-    return "".join(parts)
+    ids: list[int] = contexts[piece.context, piece.start : piece.stop].tolist()
+    [pieces] = token_pieces(tokenizer, [ids])
+    parts: list[tuple[bool, str]] = []
+    begins_marked = False
+    for position, text in enumerate(pieces, start=piece.start):
+        is_marked = begins_marked or position in marks
+        # A part of a character has no text of its own: its mark goes to the token that completes it.
+        begins_marked = is_marked and not text
+        if text:
+            parts.append((is_marked, text.replace(OPEN, "‹").replace(CLOSE, "›")))
+    runs = ((is_marked, "".join(text for _, text in run)) for is_marked, run in groupby(parts, key=itemgetter(0)))
+    return "".join(f"{OPEN}{text}{CLOSE}" if is_marked else text for is_marked, text in runs)
 
 
 def wrong_marks(piece: Piece, seed: int) -> frozenset[int]:

@@ -11,13 +11,10 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from mxd.atomic import JSON, write_text_atomically
+from mxd.probing import PROBING_FILE, VERSION
 from mxd.probing.examples import Skipped
 from mxd.probing.statistics import Quality, Verdict, judge
 
-PROBING_FILE = "probing.json"
-"""The results' name in a run."""
-VERSION = 1
-"""Raised whenever a key of the file comes to mean something else."""
 KS = (1, 2, 5, 20, 100)
 """How many features a probe may see."""
 KEPT_LATENTS = 20

@@ -2,12 +2,13 @@
 
 import errno
 import json
+import os
 from collections.abc import Collection, Generator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
-from typing import cast
+from typing import IO, cast
 
 from mxd.atomic import JSON, json_text, partial_path, write_json_atomically
 
@@ -108,28 +109,63 @@ def locked(path: Path) -> Generator[None, None, None]:
     Raises:
         ValueError: If another process, or this one elsewhere, has the lock, or the path is a file.
     """
-    if find_spec("fcntl") is None:
+    if not _has_locks():
+        yield
+        return
+    _refuse_file(path)
+    path.mkdir(parents=True, exist_ok=True)
+    with exclusive(path / LOCK_FILE, f"another process is training in {path}; wait for it or stop it."):
+        yield
+
+
+@contextmanager
+def exclusive(lock: Path, refusal: str) -> Generator[None, None, None]:
+    """Hold the lock on a file, which is made if need be, for as long as this is open.
+
+    Whoever holds it may remove the file. Where files cannot be locked, as on Windows and some network file systems,
+    nothing is kept out.
+
+    Args:
+        lock: The file; nothing is written to it.
+        refusal: What is said where another process, or this one elsewhere, has the lock.
+
+    Raises:
+        ValueError: If somebody else has the lock.
+    """
+    if not _has_locks():
         yield
         return
     import fcntl
 
-    _refuse_file(path)
-    path.mkdir(parents=True, exist_ok=True)
-    with (path / LOCK_FILE).open("ab") as file:
+    with lock.open("ab") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise ValueError(f"another process is training in {path}; wait for it or stop it.") from error
+            raise ValueError(refusal) from error
         except OSError as error:
             if error.errno not in _NO_LOCKS_HERE:
                 raise
             yield
             return
         try:
+            # Its last holder may have removed the file since it was opened, and the next one made another.
+            if not _is_same(lock, file):
+                raise ValueError(refusal)
             yield
         finally:
             # Closing alone would leave the lock to forked children, which share the open file.
             fcntl.flock(file, fcntl.LOCK_UN)
+
+
+def _has_locks() -> bool:
+    return find_spec("fcntl") is not None
+
+
+def _is_same(path: Path, file: IO[bytes]) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
 
 
 def _refuse_file(path: Path) -> None:

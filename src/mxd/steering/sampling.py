@@ -172,14 +172,20 @@ def _generate(model: nn.Module, prompt: Tensor, sampling: Sampling) -> Tensor:
     )
 
 
+def most_positions(model: nn.Module) -> int | None:
+    """Return how many tokens a model has positions for; None where its configuration does not say."""
+    longest = getattr(cast(Any, model).config.get_text_config(), "max_position_embeddings", None)
+    return longest if isinstance(longest, int) else None
+
+
 def require_room(model: nn.Module, prompt: int, new_tokens: int) -> None:
     """Check that a model has positions for so many tokens.
 
     Raises:
         ValueError: If it has not.
     """
-    longest = getattr(cast(Any, model).config.get_text_config(), "max_position_embeddings", None)
-    if isinstance(longest, int) and prompt + new_tokens > longest:
+    longest = most_positions(model)
+    if longest is not None and prompt + new_tokens > longest:
         raise ValueError(
             f"Prompt and new tokens must fit into the model's context of {longest} tokens; {prompt} and {new_tokens} "
             "are more. Shorten the prompt, or ask for fewer new tokens."

@@ -190,27 +190,35 @@ explorer.pages.map = async ({ run, student }) => {
     draw();
   }
 
-  let dragged = null;
+  let dragged = null, moved = false, finger = false;
   const at = (event) => { const box = canvas.getBoundingClientRect(); return [event.clientX - box.left, event.clientY - box.top]; };
   canvas.addEventListener("pointermove", (event) => {
     const [x, y] = at(event);
     if (dragged && event.pointerType === "mouse") {
       view.x = dragged.view.x - (x - dragged.x) / inside().width / view.zoom;
       view.y = dragged.view.y + (y - dragged.y) / inside().height / view.zoom;
-      dragged.moved ||= Math.abs(x - dragged.x) + Math.abs(y - dragged.y) > 4;
+      moved ||= Math.abs(x - dragged.x) + Math.abs(y - dragged.y) > 4;
       settle();
-    } else hover(nearest(x, y));
+    } else if (event.pointerType !== "touch") hover(nearest(x, y));
   });
-  canvas.addEventListener("pointerdown", (event) => { const [x, y] = at(event); dragged = { x, y, view: { ...view }, moved: false }; });
+  canvas.addEventListener("pointerdown", (event) => {
+    const [x, y] = at(event);
+    dragged = { x, y, view: { ...view } };
+    moved = false;
+    finger = event.pointerType === "touch";
+  });
   const release = () => { dragged = null; };
   addEventListener("pointerup", release);
+  addEventListener("pointercancel", release);
+  // The click comes when the pointer is up again, so that whether it moved is not kept with the drag.
   canvas.addEventListener("click", (event) => {
-    if (dragged?.moved) return;
+    if (moved) return;
     const latent = nearest(...at(event), 20);
     // A finger cannot hover: the first tap shows what is there, the second opens it.
-    if (event.pointerType === "touch" && latent !== hovered) hover(latent); else open(latent);
+    if (finger && latent !== hovered) hover(latent); else open(latent);
   });
-  canvas.addEventListener("pointerleave", () => hover(-1));
+  // A finger leaves with each tap.
+  canvas.addEventListener("pointerleave", (event) => { if (event.pointerType !== "touch") hover(-1); });
   canvas.addEventListener("wheel", (event) => {
     if (!event.ctrlKey && document.activeElement !== canvas) return;
     event.preventDefault();
@@ -294,6 +302,6 @@ explorer.pages.map = async ({ run, student }) => {
   return {
     element, title: `Map of ${student.name}`,
     ready: () => { place(); typical(); fit(); watcher.observe(canvas.parentElement); document.documentElement.dataset.drawn = `${alive.length}`; },
-    leave: () => { watcher.disconnect(); dark.removeEventListener("change", draw); removeEventListener("pointerup", release); },
+    leave: () => { watcher.disconnect(); dark.removeEventListener("change", draw); removeEventListener("pointerup", release); removeEventListener("pointercancel", release); },
   };
 };

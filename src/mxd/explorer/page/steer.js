@@ -66,12 +66,15 @@ explorer.pages.steer = async ({ student, rest, run }) => {
     outputs.hidden = false;
     stop.hidden = false;
     state.textContent = "writing …";
+    const ended = new Set();
     try {
       await data.steer({ student: student.name, prompt: prompt.value, edits, beside: beside.value, new_tokens: Number(fields.new_tokens.value), temperature: Number(fields.temperature.value), seed: Number(fields.seed.value) }, (piece) => {
         if (piece.error) throw new Error(piece.error);
         if (piece.text) sides[piece.side].text.append(visible(piece.text));
         sides[piece.side].text.classList.toggle("busy", !piece.ends);
+        if (piece.ends) ended.add(piece.side);
       }, control.signal);
+      if (ended.size < 2) throw new Error("The server broke off before both continuations were written.");
       if (writing === control) { state.textContent = "done"; announce("Both continuations are written."); }
     } catch (error) { if (writing === control) state.textContent = error.name === "AbortError" ? "stopped" : error.message; }
     if (writing === control) { stop.hidden = true; Object.values(sides).forEach((entry) => entry.text.classList.remove("busy")); }
