@@ -2,6 +2,7 @@ import dataclasses
 import io
 import json
 import math
+import re
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -13,7 +14,7 @@ from rich.console import Console
 
 from mxd.atomic import JSON
 from mxd.evaluation.curves import draw_curves, read_curves
-from mxd.evaluation.drawing import compact, describe, split_student
+from mxd.evaluation.drawing import KIND_STYLES, compact, describe, kind_style, split_student
 from mxd.evaluation.expert_use import UseHistogram
 from mxd.evaluation.frontier import draw_frontier, frontier_svg
 from mxd.evaluation.grid import frontier_points
@@ -323,6 +324,18 @@ def test_the_report_is_whole_and_escapes_what_it_shows(tmp_path: Path) -> None:
     assert all(address.startswith("#") for address in page.addresses)
     assert len({name for name in page.ids if not name.startswith(("m", "p", "C"))}) == 6 + 2 + 3
     assert page.tags.count("svg") == 2 * 4 + 1 + 2
+
+
+def test_every_kind_has_a_mark_in_the_report_and_in_its_explorable_picture(tmp_path: Path) -> None:
+    kinds = [*KIND_STYLES, "of-somebody-else"]
+    write_report(
+        tmp_path / "report.html", title="All", facts={}, rows=[row(kind, k) for kind in kinds for k in (8, 16)]
+    )
+    page = (tmp_path / "report.html").read_text()
+    assert all(f"--kind:var(--kind-{kind})" in page for kind in kinds)
+    shapes = page[page.index("const SHAPES") :]
+    drawn = set(re.findall(r"\"?([\w^])\"?: \"M", shapes[: shapes.index("};")]))
+    assert drawn == {kind_style(kind).marker for kind in kinds}
 
 
 def test_a_long_context_is_cut_around_its_peak(tmp_path: Path) -> None:

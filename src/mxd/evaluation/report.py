@@ -32,7 +32,7 @@ HOW_EXPERTS_WERE_CHOSEN = (
 )
 _TOKENS_BEFORE, _TOKENS_AFTER = 28, 14
 _EXAMPLES_OPEN = 3
-_GLYPHS = {"o": "●", "s": "■", "D": "◆", "^": "▲", "v": "▼", "P": "✚", "X": "✖"}
+_GLYPHS = {"o": "●", "s": "■", "D": "◆", "^": "▲", "v": "▼", "P": "✚", "p": "⬟", "X": "✖"}
 _NUMBERS = ("No", "One", "Two", "Three", "Four", "Five", "Six", "Seven", "Eight", "Nine", "Ten")
 # Control characters are not allowed in HTML; Unicode has a picture of each.
 VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"} | {0x7F: 0x2421}
