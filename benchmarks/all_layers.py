@@ -158,7 +158,10 @@ def _draw(cells: Grid, kinds: Sequence[str], title: str) -> Figure:
             ks = sorted({cell.k for cell in cells if cell.layer == layer})
             axes.set_xscale("log", base=2)
             axes.set_xticks(ks, [str(k) for k in ks], minor=False)
-            axes.set_yscale("symlog", linthresh=0.01)
+            if all(row.ce_increase > 0 for found in cells.values() for rows in found.values() for row in rows):
+                axes.set_yscale("log")
+            else:
+                axes.set_yscale("symlog", linthresh=0.01)
             axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
             axes.grid(color=GRID)
             axes.set_xlabel("K")
