@@ -16,6 +16,7 @@ from mxd.pretraining import loop
 from mxd.pretraining.artifact import load_model
 from mxd.pretraining.config import ImageConfig, LanguageConfig, Optimization
 from mxd.pretraining.images import ImageOrder, read_images, standardization_of
+from mxd.pretraining.loop import _seed_of
 from mxd.pretraining.mixer import MixerConfig
 from mxd.pretraining.run import make_plan
 from mxd.pretraining.surgery import MlpChoice, parameter_groups
@@ -326,3 +327,13 @@ def test_images_are_standardised_by_their_own_channels(images: Path) -> None:
     standardised = standardization_of(data)(data.images)
     assert standardised.mean().item() == pytest.approx(0, abs=1e-4)
     assert standardised.std().item() == pytest.approx(1, abs=1e-3)
+
+
+def test_what_a_step_draws_depends_on_seed_step_and_purpose_and_any_seed_will_do() -> None:
+    drawn = {
+        tuple(torch.rand(4, generator=torch.Generator().manual_seed(_seed_of(seed, step, stream))).tolist())
+        for seed in (0, 1, 2, 20261121, 2**40)
+        for step in (0, 1, 2)
+        for stream in ("batch", "model")
+    }
+    assert len(drawn) == 5 * 3 * 2
