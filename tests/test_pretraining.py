@@ -15,12 +15,13 @@ from torch import Tensor
 from mxd.pretraining import loop
 from mxd.pretraining.artifact import load_model
 from mxd.pretraining.config import ImageConfig, LanguageConfig, Optimization
-from mxd.pretraining.images import ImageOrder, read_images, standardization_of
+from mxd.pretraining.images import ImageOrder, LabelledImages, read_images, standardization_of
 from mxd.pretraining.loop import _seed_of
 from mxd.pretraining.mixer import MixerConfig
-from mxd.pretraining.run import make_plan
+from mxd.pretraining.recipes import find_recipe
+from mxd.pretraining.run import MAY_DIFFER, make_plan
 from mxd.pretraining.surgery import MlpChoice, parameter_groups
-from mxd.pretraining.tasks import Batch, ImageTask, LanguageTask
+from mxd.pretraining.tasks import Batch, ImageData, ImageTask, LanguageTask
 from mxd.runs.metrics_log import read_metrics
 from tests.tiny_run import Command, Ended, assert_refused, command, tree
 
@@ -246,6 +247,10 @@ def test_weights_decay_where_they_are_matrices(text: Path, gpt2: Path) -> None:
     assert (decaying["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
     counted = [sum(parameter.numel() for parameter in group["params"]) for group in (decaying, others)]  # pyright: ignore
     assert sum(counted) == sum(parameter.numel() for parameter in model.parameters())
+    kept = {id(parameter) for parameter in others["params"]}  # pyright: ignore
+    spared = {name for name, parameter in model.named_parameters() if id(parameter) in kept}
+    assert not [name for name in spared if name.endswith("b_in")]
+    assert all(name.endswith("bias") or ".ln_" in name for name in spared)
 
 
 def test_the_learning_rate_rises_and_falls() -> None:
@@ -337,3 +342,17 @@ def test_what_a_step_draws_depends_on_seed_step_and_purpose_and_any_seed_will_do
         for stream in ("batch", "model")
     }
     assert len(drawn) == 5 * 3 * 2
+
+
+def test_a_recipes_fraction_is_not_used_for_another_kind() -> None:
+    paper = find_recipe("paper-gpt2-cp")
+    with pytest.raises(ValueError, match=r"kind must be cp with recipe paper-gpt2-cp, whose rank-fraction, 0\.725"):
+        make_plan(replace(paper, mlp=replace(paper.mlp, kind="tr")))
+
+
+def test_other_images_of_the_same_number_are_another_run() -> None:
+    images = torch.zeros(2, 1, 4, 4, dtype=torch.uint8)
+    part = LabelledImages(images, torch.tensor([0, 1]))
+    other = LabelledImages(images + 1, torch.tensor([0, 1]))
+    assert ImageData(part, part).identity != ImageData(other, part).identity
+    assert not {"resources.device", "resources.kernels", "resources"} & set(MAY_DIFFER)

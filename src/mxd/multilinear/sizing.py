@@ -3,11 +3,11 @@
 import math
 from dataclasses import replace
 from fractions import Fraction
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 from mxd.multilinear.block import MultilinearMLPConfig
 from mxd.multilinear.experts import ExpertsKind
-from mxd.multilinear.gate import require_experts
+from mxd.multilinear.gate import require_experts, require_one_of
 from mxd.multilinear.mixture import CPMixtureConfig, TRMixtureConfig
 
 RING = 4
@@ -37,6 +37,7 @@ def ranks_of(kind: ExpertsKind, rank: int, num_levels: int, ring: int = RING) ->
         >>> ranks_of("cp", 556, 1), ranks_of("tr", 149, 1), ranks_of("tr", 149, 2)
         ((556,), (4, 4, 149, 4), (4, 4, 4, 149, 4))
     """
+    require_one_of("kind", kind, get_args(ExpertsKind))
     return (rank,) if kind == "cp" else (*(ring,) * (num_levels + 1), rank, ring)
 
 

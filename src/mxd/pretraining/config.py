@@ -20,15 +20,15 @@ class Optimization:
     lr: float
     """Learning rate at its peak."""
     final_lr: float = 0.0
-    """Learning rate at the last step."""
+    """Learning rate that the schedule falls to; the last step is one short of it."""
     schedule: Schedule = "cosine"
     """How it falls from one to the other after the warm-up: `cosine`, `linear`, or `constant` (not at all)."""
     warmup_steps: int = 0
-    """Steps over which it rises from nothing."""
+    """Steps over which it rises from nothing; a run of fewer never reaches the peak."""
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW's decay of the mean and of the mean square of gradients."""
     weight_decay: float = 0.1
-    """AdamW's weight decay of matrices and factors; vectors do not decay."""
+    """AdamW's weight decay of matrices and factors, the factors of the bias among them; other vectors do not decay."""
     clip: float | None = 1.0
     """Largest norm of the gradient; none to leave it as it is."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"

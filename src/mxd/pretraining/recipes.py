@@ -15,7 +15,6 @@ beside it says half of that; ours is the configuration's. Steps and epochs are r
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 
 from mxd.pretraining.config import ImageConfig, LanguageConfig, Optimization, PretrainConfig
@@ -170,8 +169,3 @@ def find_recipe(name: str) -> PretrainConfig:
     if name not in RECIPES:
         raise ValueError(f"recipe must be one of {', '.join(RECIPES)}; got {name!r}; --recipe list shows them.")
     return RECIPES[name]()
-
-
-def with_kind(config: PretrainConfig, kind: Kind) -> PretrainConfig:
-    """Return the configuration with other MLPs and everything else alike."""
-    return replace(config, mlp=replace(config.mlp, kind=kind))

@@ -14,6 +14,7 @@ from mxd.kernels.backends import backend
 from mxd.pretraining.artifact import save_model
 from mxd.pretraining.config import LanguageConfig, PretrainConfig
 from mxd.pretraining.loop import pretrain
+from mxd.pretraining.recipes import RECIPES, find_recipe
 from mxd.pretraining.surgery import count_parameters
 from mxd.pretraining.tasks import (
     ImageData,
@@ -30,8 +31,9 @@ from mxd.training.resources import multiplies_bfloat16, resolve_device, resolve_
 from mxd.training.train import TrainingFault
 
 RESULT_FILE, MODEL_FOLDER = "pretraining.json", "model"
-MAY_DIFFER = ("resources", "config.optimization.threads")
-"""What run.json says that a run may be resumed with another value of; it goes on with what it began with."""
+MAY_DIFFER = ("resources.threads", "resources.precision", "config.optimization.threads", "config.images")
+"""What run.json says that a run may be resumed with another value of: it goes on with the threads and the precision it
+began with, and images may lie elsewhere if they are the same."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,6 +93,7 @@ def make_plan(config: PretrainConfig, stored: Mapping[str, JSON] | None = None) 
         raise ValueError(
             "a run must be one of mxd pretrain to be continued by it; this one is not; name another --out."
         )
+    _require_own_fraction(config)
     device = resolve_device(config.optimization.device)
     threads, precision = resolve_threads(config.optimization.threads), config.optimization.precision
     if precision == "auto":
@@ -115,6 +118,17 @@ def make_plan(config: PretrainConfig, stored: Mapping[str, JSON] | None = None) 
         task=task,
         parameters=count_parameters(task.model),
     )
+
+
+def _require_own_fraction(config: PretrainConfig) -> None:
+    if config.recipe not in RECIPES:
+        return
+    own = find_recipe(config.recipe).mlp
+    if own.rank_fraction is not None and own.rank_fraction == config.mlp.rank_fraction and own.kind != config.mlp.kind:
+        raise ValueError(
+            f"kind must be {own.kind} with recipe {config.recipe}, whose rank-fraction, {own.rank_fraction}, is of "
+            f"that kind; got {config.mlp.kind}; take the recipe of that kind, or give --rank-fraction too."
+        )
 
 
 def _text_revision(stored: Mapping[str, JSON]) -> str | None:

@@ -1,5 +1,6 @@
 """What is trained: a language model on text, or an MLP-Mixer on images; each knows its batches and its evaluation."""
 
+import hashlib
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -200,7 +201,11 @@ class ImageData(NamedTuple):
     @property
     def identity(self) -> dict[str, JSON]:
         """Return what was read, for `run.json`."""
-        return {"train_images": len(self.train.labels), "test_images": len(self.test.labels)}
+        digest = hashlib.sha256()
+        for part in self:
+            digest.update(part.images.numpy().tobytes() + part.labels.numpy().tobytes())
+        counts = {"train_images": len(self.train.labels), "test_images": len(self.test.labels)}
+        return {**counts, "sha256": digest.hexdigest()}
 
 
 def read_image_folder(config: ImageConfig) -> ImageData:
@@ -290,7 +295,8 @@ class RandAugment:
 
     Args:
         count: Augmentations of each image.
-        magnitude: How strong they are, from 0 to 30.
+        magnitude: How strong they are. As timm reads it, 10 is the strongest and what is above acts as 10; each
+            augmentation is applied with probability one half.
 
     Raises:
         ValueError: If timm is not installed or cannot be imported.
