@@ -294,3 +294,20 @@ def test_the_standard_library_is_tested_on_modules_that_no_training_sees() -> No
     found = open_data(DataName("python", None))
     assert isinstance(found, SpanSet)
     assert 0 < len(found.for_test) < 0.15 * len(found.texts)
+
+
+def test_a_csv_may_hold_line_separators_and_long_texts_in_its_fields(tmp_path: Path) -> None:
+    rows = [("a\u2028b " * 3 + str(n), "yes" if n % 2 else "no") for n in range(60)] + [("long " * 40_000, "yes")]
+    lines = ["text,label", *(f'"{text}",{label}' for text, label in rows)]
+    path = tmp_path / "odd.csv"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    found = read_labelled_file(path)
+    assert isinstance(found, TextSet)
+    assert sorted(example.text for example in found.examples) == sorted(text for text, _ in rows)
+
+
+def test_a_lone_surrogate_is_refused_with_its_place(tmp_path: Path) -> None:
+    path = tmp_path / "odd.jsonl"
+    path.write_text('{"text": "fine", "label": "a"}\n{"text": "a\\ud800b", "label": "b"}\n')
+    with pytest.raises(ValueError, match="line 2 has a lone surrogate at character 1"):
+        read_labelled_file(path)

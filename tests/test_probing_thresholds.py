@@ -9,8 +9,10 @@ from sklearn.metrics import average_precision_score, balanced_accuracy_score, f1
 
 from mxd.probing.dense_units import best_units
 from mxd.probing.examples import Parts
+from mxd.probing.fitting import Scale, fit_probe
 from mxd.probing.statistics import Verdict, judge
 from mxd.probing.thresholds import SortedEntries, average_precisions, best_thresholds, count
+from mxd.probing.token_probes import _regress, _sample
 
 TOKENS, LATENTS = 12, 4
 NOTHING: Any = 0.0
@@ -139,3 +141,23 @@ def test_the_interval_covers_what_the_probe_is_worth() -> None:
         assert quality.f1_interval is not None
         covered += quality.f1_interval[0] <= worth <= quality.f1_interval[1]
     assert 21 <= covered <= 25
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_tokens_that_share_a_score_are_on_the_side_that_validation_chose(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    ids = random.integers(0, 12, 600)
+    columns = (ids[:, None] == np.arange(5)).astype(float)
+    positive = (ids < 2) & (random.random(600) < 0.9)
+    parts = Parts(np.arange(200), np.arange(200, 400), np.arange(400, 600))
+    verdict = _regress(columns, parts, positive)
+    # The best cut between levels that the same scores allow on the validation part, tried one by one.
+    scale = Scale(columns[_sample(parts.train, positive[parts.train])])
+    probe = fit_probe(
+        scale(columns[_sample(parts.train, positive[parts.train])]),
+        positive[_sample(parts.train, positive[parts.train])],
+    )
+    scores = probe.decision_function(scale(columns[parts.validation]))
+    best = max(f1_score(positive[parts.validation], scores >= level) for level in np.unique(scores))
+    said = scores >= min(verdict.scores[verdict.predicted])
+    assert f1_score(positive[parts.validation], said) == pytest.approx(best)

@@ -1,12 +1,16 @@
 """Labelled texts in local files: .jsonl and .csv with a label a text, .jsonl with labelled spans."""
 
 import csv
+import io
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple, cast
 
 from mxd.probing.examples import TEXTS, Example, ProbingSet, Span, SpanSet, make_text_set
+
+MOST_CHARACTERS = 2**24
+"""Of a field of a .csv; the csv module's own limit is shorter than a long text."""
 
 
 class _Row(NamedTuple):
@@ -59,7 +63,9 @@ def _read_jsonl(path: Path) -> Iterator[_Row]:
 
 
 def _read_csv(path: Path) -> Iterator[_Row]:
-    lines = csv.reader(_read_utf8(path).splitlines(keepends=True), strict=True)
+    # A stream without translation: splitlines() splits at U+2028 and its like, which a field may hold.
+    lines = csv.reader(io.StringIO(_read_utf8(path), newline=""), strict=True)
+    limit = csv.field_size_limit(MOST_CHARACTERS)
     try:
         head = next(lines, [])
         for fields in lines:
@@ -68,6 +74,8 @@ def _read_csv(path: Path) -> Iterator[_Row]:
                 yield _Row(dict(zip(head, fields, strict=False)), f"{path}, line {lines.line_num}")
     except csv.Error as error:
         raise ValueError(f"A .csv must be well-formed; {path}, line {lines.line_num} is not ({error}).") from error
+    finally:
+        csv.field_size_limit(limit)
 
 
 def _read_utf8(path: Path) -> str:
@@ -87,6 +95,13 @@ def text_of(fields: Mapping[str, object], name: str, where: str) -> str:
     if not isinstance(value, str) or not value.strip():
         found = ", ".join(map(repr, fields)) or "none" if name not in fields else repr(value)[:60]
         raise ValueError(f"Every row must have text in {name!r}; {where} has {found}. Repair or remove the row.")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"Text must be valid Unicode; {where} has a lone surrogate at character {error.start}. "
+            "Repair or remove the row."
+        ) from error
     return value
 
 

@@ -182,12 +182,13 @@ def _regress(
     scale = Scale(columns[sample])
     probe = fit_probe(scale(columns[sample]), positive[sample])
     scores = probe.decision_function(scale(columns[validation]))
-    # A single latent that fires everywhere, as thresholds are for values above 0.
-    lowest = scores.min() - 1
+    # A single latent that fires everywhere, as thresholds are for values above 0. Its values are the scores' ranks: a
+    # score that is shifted and shifted back is another number, and tokens that share it would change sides together.
+    levels, ranks = np.unique(scores, return_inverse=True)
     everywhere = SortedEntries.of(
-        np.zeros(len(scores), dtype=np.int64), scores - lowest, np.arange(len(scores)), len(scores), 1
+        np.zeros(len(scores), dtype=np.int64), ranks + 1.0, np.arange(len(scores)), len(scores), 1
     )
-    threshold = best_thresholds(everywhere, positive[validation]).values[0] + lowest
+    threshold = levels[int(best_thresholds(everywhere, positive[validation]).values[0]) - 1]
     scores = probe.decision_function(scale(columns[test]))
     return Verdict(positive[test], scores >= threshold, scores)
 
