@@ -6,12 +6,15 @@ from collections.abc import Mapping
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from typing import cast
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mxd.data.activations import ActivationBatch
+from mxd.layers import SharedTranscoderConfig
+from mxd.layers.sizing import num_parameters
 from mxd.recipes import find_recipe
 from mxd.training.config import Settings, TrainConfig, values_of
 from mxd.training.estimate import largest_grid, memory, shape_workload
@@ -43,6 +46,27 @@ def students_of(**changes: object) -> list[StudentPlan]:
 
 def ids_of(**changes: object) -> list[str]:
     return [student.id for student in students_of(**changes)]
+
+
+@pytest.mark.parametrize("expansion", [8, 16, 32, 64])
+def test_a_shared_expert_takes_half_of_the_parameters_and_at_least_the_models_own_width(expansion: int) -> None:
+    (student,) = students_of(kind=("shared-transcoder",), num_latents=None, expansion=expansion)
+    network = cast(SharedTranscoderConfig, student.network)
+    budget = num_parameters("transcoder", expansion * network.d_in, network.d_in, network.d_out)
+    shared = network.num_parameters - network.num_latents * (network.d_in + 1 + network.d_out)
+    assert network.num_parameters == pytest.approx(budget, rel=1e-3)
+    if expansion == 8:
+        assert network.d_hidden == 172, "half of them would be narrower than the MLP, which it begins as"
+    else:
+        assert shared == pytest.approx(budget / 2, rel=0.01)
+        assert network.d_hidden > 172
+
+
+def test_a_shared_expert_is_as_wide_as_the_mlp_where_no_budget_is_known() -> None:
+    (student,) = students_of(kind=("shared-transcoder",), num_latents=64)
+    assert cast(SharedTranscoderConfig, student.network).d_hidden == 172
+    (student,) = students_of(kind=("shared-transcoder",), num_latents=None, expansion=32, hidden=200)
+    assert cast(SharedTranscoderConfig, student.network).d_hidden == 200
 
 
 def test_a_setting_multiplies_only_the_kinds_that_read_it_and_names_what_it_changes() -> None:

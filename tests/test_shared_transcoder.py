@@ -1,6 +1,7 @@
 import json
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from mxd.data.activations import ActivationBatch
 from mxd.evaluation.specialisation import specialisation
 from mxd.layers import (
+    Encoder,
     MixtureOfDecoders,
     MixtureOfDecodersConfig,
     MlpWeights,
@@ -78,6 +80,23 @@ def test_begun_as_an_mlp_the_shared_expert_is_exact() -> None:
     torch.testing.assert_close(output.prediction, layer.base(x) + layer.carried(x, output.code), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("encoder", ["glu", "mlp"])
+def test_a_shared_expert_wider_than_the_mlp_begins_as_it_all_the_same(encoder: Encoder) -> None:
+    config = replace(CONFIG, encoder=encoder, activation="silu", d_hidden=12)
+    layer, mlp, x = SharedTranscoder(config, torch.Generator().manual_seed(0)).double(), glu_weights(), normal(20, 5)
+    mlp = mlp if encoder == "glu" else mlp._replace(W_enc_gate=None, b_enc_gate=None)
+    drawn = layer.get_parameter("encoder.W_enc").detach().clone()
+    torch.nn.init.ones_(layer.W_shared)
+    layer.begin_from(mlp)
+    hidden = x @ mlp.W_enc + mlp.b_enc
+    gate = hidden if mlp.W_enc_gate is None else x @ mlp.W_enc_gate + cast(Tensor, mlp.b_enc_gate)
+    units = torch.nn.functional.silu(gate) * (1 if mlp.W_enc_gate is None else hidden)
+    torch.testing.assert_close(layer.base(x), units @ mlp.W_dec + mlp.b_dec, rtol=1e-12, atol=1e-12)
+    begun = layer.get_parameter("encoder.W_enc").detach()
+    torch.testing.assert_close(begun[:, 7:], drawn[:, 7:], rtol=0, atol=0)
+    assert begun[:, 7:].any()
+
+
 def test_a_mixture_of_decoders_takes_the_hidden_units_only() -> None:
     config = MixtureOfDecodersConfig(d_in=5, d_hidden=7, d_out=4, num_experts=9, k=2, activation="silu", encoder="glu")
     layer = MixtureOfDecoders(config).double()
@@ -90,9 +109,9 @@ def test_what_has_no_place_for_an_mlp_says_so() -> None:
     with pytest.raises(ValueError, match="init must be paper for transcoder"):
         Transcoder(TranscoderConfig(d_in=5, d_out=4, num_latents=9, k=2)).begin_from(glu_weights())
     narrow = SharedTranscoder(SharedTranscoderConfig(d_in=5, d_hidden=3, d_out=4, num_latents=9, k=2, encoder="glu"))
-    with pytest.raises(ValueError, match="must be as the model's own, glu, 7 wide, to begin as it; got glu, 3 wide"):
+    with pytest.raises(ValueError, match=r"must be .* own, glu, and at least 7 wide to begin as it; got glu, 3 wide"):
         narrow.begin_from(glu_weights())
-    with pytest.raises(ValueError, match="glu, 7 wide, to begin as it; got mlp, 7 wide"):
+    with pytest.raises(ValueError, match="glu, and at least 7 wide to begin as it; got mlp, 7 wide"):
         SharedTranscoder(SharedTranscoderConfig(d_in=5, d_hidden=7, d_out=4, num_latents=9, k=2)).begin_from(
             glu_weights()
         )
@@ -211,7 +230,7 @@ def test_interrupted_and_resumed_it_ends_bit_for_bit_the_same(mxd: Mxd, tmp_path
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--hidden", "12"], "must be as the model's own, glu, 40 wide, to begin as it; got glu, 12 wide"),
+        (["--hidden", "12"], "glu, and at least 40 wide to begin as it; got glu, 12 wide"),
         (
             ["--activation", "relu"],
             "activation must be the model's own, silu, for shared-transcoder to begin as its MLP",

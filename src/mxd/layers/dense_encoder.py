@@ -34,10 +34,10 @@ class MlpEncoder(nn.Module):
         return self.activation(linear(x, self.W_enc, self.b_enc))
 
     def begin_from(self, mlp: MlpWeights) -> None:
-        """Take an MLP's hidden units.
+        """Take an MLP's hidden units for the first of these; what is wider than the MLP stays as it was drawn.
 
         Raises:
-            ValueError: If they are gated, or of another width.
+            ValueError: If they are gated, or more than there are here.
         """
         _take_over([(self.W_enc, mlp.W_enc), (self.b_enc, mlp.b_enc)], gated=mlp.W_enc_gate is not None, encoder="mlp")
 
@@ -68,10 +68,10 @@ class GluEncoder(nn.Module):
         return gate * linear(x, self.W_enc, self.b_enc)
 
     def begin_from(self, mlp: MlpWeights) -> None:
-        """Take a gated MLP's hidden units.
+        """Take a gated MLP's hidden units for the first of these; what is wider than the MLP stays as it was drawn.
 
         Raises:
-            ValueError: If they are not gated, or of another width.
+            ValueError: If they are not gated, or more than there are here.
         """
         pairs = [(self.W_enc, mlp.W_enc), (self.b_enc, mlp.b_enc)]
         if mlp.W_enc_gate is not None and mlp.b_enc_gate is not None:
@@ -84,16 +84,16 @@ class GluEncoder(nn.Module):
 
 
 def _take_over(pairs: Sequence[tuple[nn.Parameter, Tensor]], *, gated: bool, encoder: Encoder) -> None:
-    found = f"{'glu' if gated else 'mlp'}, {pairs[0][1].shape[1]} wide"
-    wanted = f"{encoder}, {pairs[0][0].shape[1]} wide"
-    if found != wanted:
+    own, width = pairs[0][1].shape[1], pairs[0][0].shape[1]
+    if gated != (encoder == "glu") or width < own:
         raise ValueError(
-            f"the dense encoder must be as the model's own, {found}, to begin as it; got {wanted}. "
-            "Leave --hidden and --encoder at auto, or begin with --init paper."
+            f"the dense encoder must be as the model's own, {'glu' if gated else 'mlp'}, and at least {own} wide to "
+            f"begin as it; got {encoder}, {width} wide. Leave --hidden and --encoder at auto, or begin with --init "
+            "paper."
         )
     with torch.no_grad():
         for parameter, weight in pairs:
-            parameter.copy_(weight)
+            parameter[..., :own].copy_(weight)
 
 
 def num_branches(encoder: Encoder) -> int:

@@ -23,7 +23,7 @@ class SharedTranscoderConfig:
     d_in: int
     """Width of the input."""
     d_hidden: int
-    """Number of dense hidden units of the shared expert; the decomposed MLP's own hidden width as a rule."""
+    """Number of dense hidden units of the shared expert: those of the decomposed MLP and more as a rule."""
     d_out: int
     """Width of the output."""
     num_latents: int
@@ -133,12 +133,14 @@ class SharedTranscoder(SparseLayer):
     def begin_from(self, mlp: MlpWeights) -> None:
         """Take the MLP's weights for the shared expert, which then predicts exactly what the MLP does.
 
+        Hidden units beyond the MLP's own keep the inputs they were drawn with, and begin without a say.
+
         Raises:
-            ValueError: If the shared expert has another shape.
+            ValueError: If the shared expert is of another kind, or narrower than the MLP.
         """
         self.encoder.begin_from(mlp)
         with torch.no_grad():
-            self.W_shared.copy_(mlp.W_dec)
+            self.W_shared.zero_()[: len(mlp.W_dec)].copy_(mlp.W_dec)
             self.b_dec.copy_(mlp.b_dec)
 
     def inherited(self) -> tuple[nn.Parameter, ...]:

@@ -8,7 +8,7 @@ gets as many latents as the budget pays for. What a layer of some size has and c
 from dataclasses import replace
 
 from mxd.layers import LayerRequest, require_kind
-from mxd.layers.dense_encoder import Encoder
+from mxd.layers.dense_encoder import Encoder, num_branches
 
 EXPANSION = 32
 """Latents of the reference transcoder per unit of input width (Oldfield et al., 2025)."""
@@ -68,6 +68,15 @@ def matched_num_latents(
         ValueError: If the kind is unknown, or the budget does not pay for a single latent.
     """
     return match_budget(kind, budget, _request(d_in, d_out, d_hidden, encoder, rank))
+
+
+def shared_width(budget: int, request: LayerRequest) -> int:
+    """Return how wide a shared expert is that takes half of a budget of parameters, and no narrower than was asked for.
+
+    Half is where the sweep of docs/method.md has both little error and specialised latents.
+    """
+    unit = num_branches(request.encoder) * (request.d_in + 1) + request.d_out
+    return max(request.d_hidden, budget // 2 // unit)
 
 
 def match_budget(kind: str, budget: int, request: LayerRequest) -> int:

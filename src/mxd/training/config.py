@@ -61,7 +61,8 @@ class TrainConfig:
     num_latents: int | tuple[int, ...] | None = None
     """Number of latents (experts) of every layer, one or several, instead of matched parameters."""
     hidden: WidthChoice | tuple[WidthChoice, ...] = "auto"
-    """Dense hidden units of an mxd, low-rank or shared-transcoder, one or several; auto takes the model's own."""
+    """Dense hidden units of an mxd, low-rank or shared-transcoder, one or several; auto takes the model's own, and
+    for a shared-transcoder of a given expansion what half of its parameters pay for, where that is more."""
     activation: str | tuple[str, ...] = "auto"
     """Activations of a dense encoder: relu, gelu, gelu_tanh, silu, sigmoid; auto takes the model's own."""
     encoder: EncoderChoice | tuple[EncoderChoice, ...] = "auto"

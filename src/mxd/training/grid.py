@@ -9,7 +9,7 @@ import torch
 
 from mxd.layers import L1, Init, LayerRequest, SparseLayer, SparseLayerConfig, TopK, require_kind
 from mxd.layers.activations import Activation, activation_function
-from mxd.layers.sizing import match_budget, transcoder_budget
+from mxd.layers.sizing import match_budget, shared_width, transcoder_budget
 from mxd.models import MlpSite
 from mxd.settings import StudentSettings, settings_of
 from mxd.training.config import InitChoice, PenaltyChoice, Settings, TrainConfig, values_of
@@ -154,7 +154,10 @@ def _network(config: TrainConfig, site: MlpSite, kind: str, k: int, settings: Se
     )
     num_latents = settings.num_latents
     if num_latents is None:
-        num_latents = match_budget(kind, transcoder_budget(site.d_in, site.d_out, config.expansion), request)
+        budget = transcoder_budget(site.d_in, site.d_out, config.expansion)
+        if settings.hidden == "auto" and require_kind(kind).layer.shared_penalty is not None:
+            request = replace(request, d_hidden=shared_width(budget, request))
+        num_latents = match_budget(kind, budget, request)
     # With l1 any number of latents may be active.
     k = num_latents if settings.selection == L1.name else k
     return require_kind(kind).configure(replace(request, num_latents=num_latents, k=k))
