@@ -5,11 +5,11 @@
 
 DIR is stories260K (a Llama of 260 thousand parameters, MIT licence) in Hugging Face's layout, FILE a sample of
 TinyStories; others will do. Candidates have the parameters of a transcoder of expansion 32, see the same batches, and
-are judged on held-out text. A shared expert begins as the model's own MLP and learns at a quarter of the rate unless
-`METHODS` says otherwise; the number at the end of a name is what is charged for its variance. Each result is kept in a
-file of JSON lines at once: the same command goes on where it was stopped. `shared` is the variance of what no latent
-carries over the prediction's, `always-on` the number of latents that fire on more than half of the held-out tokens,
-`dead` the share of those that never do, `seconds` those of training. `mxd` begins as in the paper.
+are judged on held-out text. A shared expert begins as the MLP, as wide, and learns at a quarter of the rate unless
+`METHODS` says otherwise (`wide` is what the library trains); a number at the end of a name is the charge. Each result
+is kept in a file at once: the same command goes on where it stopped. `shared` is the variance of what no latent carries
+over the prediction's, `always-on` counts latents that fire on more than half of the held-out tokens, `dead` is the
+share of those that never do, `seconds` those of training. `mxd` begins as in the paper.
 """
 
 import argparse
@@ -123,7 +123,7 @@ class Method:
 
     layer: type[SparseLayer] = SharedTranscoder
     model_start: bool = True
-    width: float = 1.0  # Hidden units over the model's own: its most important ones, or copies of them all.
+    width: float = 1.0  # Hidden units over the model's own: its most important ones, or all of them and new ones.
     directions: int = 0  # Those in which the target varies most, to which latents are confined.
     penalty: float = 0.0
     common: bool = False  # Whether the penalty is on the experts' best common direction too.
@@ -142,7 +142,9 @@ METHODS: dict[str, Method] = {
     **{f"shared-{penalty}": Method(penalty=float(penalty)) for penalty in (".03", ".1", ".3", "1")},
     "full-rate-.1": replace(SHARED, shared_rate="full"),
     "frozen-.1": replace(SHARED, shared_rate="frozen encoder"),
-    **{f"width-x{width:g}-.1": replace(SHARED, width=width) for width in (0.25, 0.5, 2)},
+    **{f"width-x{width:g}-.1": replace(SHARED, width=width) for width in (0.25, 0.5)},
+    **{f"width-x{width}-.1": replace(SHARED, width=width, shared_rate="full") for width in (2, 6)},
+    **{f"wide-{p}": Method(penalty=float(p), width=4, shared_rate="full") for p in (".07", ".1", ".15", ".3")},
     "mixture-.1": replace(SHARED, layer=SharedMixture),
     **{f"mixture-common-{p}": Method(layer=SharedMixture, penalty=float(p), common=True) for p in (".1", ".3")},
     **{f"narrow-{penalty}": Method(layer=NarrowMixture, penalty=float(penalty)) for penalty in (".1", ".3")},
@@ -151,7 +153,6 @@ METHODS: dict[str, Method] = {
     "continuous-.1": replace(SHARED, layer=ContinuousTranscoder),
     **{f"confined-{number}": Method(layer=ConfinedTranscoder, directions=number) for number in (8, 16)},
     "fisher-.1": replace(SHARED, fisher=True),
-    "fisher-transcoder": replace(DRAWN["transcoder"], fisher=True),
     "annealed-k-.1": replace(SHARED, first_k=4),
     "kl-.3": Method(penalty=0.3, kl=1.0),
     **{f"kl-{kind}": replace(DRAWN[kind], kl=1.0) for kind in ("transcoder", "skip-transcoder")},
@@ -206,15 +207,14 @@ class Task:
         return vectors * values.clamp_min(0).sqrt()
 
 
-def resized(mlp: MlpWeights, config: SharedTranscoderConfig, x: Tensor) -> MlpWeights:
-    """Return an MLP of the units that matter most on x, or of copies of all; copies stay equal while they learn."""
+def narrowed(mlp: MlpWeights, config: SharedTranscoderConfig, x: Tensor) -> MlpWeights:
+    """Return an MLP of the units that matter most on x, as many as the shared expert has at most."""
     encoder = dense_encoder(config.encoder, config.d_in, len(mlp.W_dec), config.activation, None)
     encoder.begin_from(mlp)
     importance = mlp.W_dec.norm(dim=1) * encoder(x).detach().square().mean(0).sqrt()
-    copies = math.ceil(config.d_hidden / len(mlp.W_dec))
-    chosen = importance.argsort(descending=True).repeat(copies)[: config.d_hidden]
+    chosen = importance.argsort(descending=True)[: config.d_hidden]
     encoder_weights = cast(Any, [None if weight is None else weight[..., chosen] for weight in mlp[:4]])
-    return MlpWeights(*encoder_weights, W_dec=mlp.W_dec[chosen] / copies, b_dec=mlp.b_dec)
+    return MlpWeights(*encoder_weights, W_dec=mlp.W_dec[chosen], b_dec=mlp.b_dec)
 
 
 def build(method: Method, task: Task) -> SparseLayer:
@@ -225,13 +225,13 @@ def build(method: Method, task: Task) -> SparseLayer:
         if method.directions:
             principal = torch.linalg.eigh(task.target.T.cov()).eigenvectors[:, -method.directions :]
             make = partial(make, directions=principal.contiguous())
-        few = replace(config, d_hidden=int(method.width * config.d_hidden), num_latents=4 * task.k)
+        few = replace(config, d_hidden=int(method.width * task.site.d_hidden), num_latents=4 * task.k)
         with torch.device("meta"):
             layers = make(few), make(replace(few, num_latents=few.num_latents + 1))
         size, larger = (sum(weight.numel() for weight in layer.parameters()) for layer in layers)
         more = round((transcoder_budget(config.d_in, config.d_out) - size) / (larger - size))
         config = replace(few, num_latents=few.num_latents + more)
-        mlp = resized(mlp, config, task.x[:20_000])
+        mlp = narrowed(mlp, config, task.x[:20_000])
     layer = cast(SparseLayer, make(config, torch.Generator().manual_seed(planned.seed)))
     if method.model_start:
         layer.begin_from(mlp)
