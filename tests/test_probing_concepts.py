@@ -124,9 +124,10 @@ def test_a_token_bears_a_label_that_holds_half_of_its_characters(
     given_spans = [Span(*span) for span in found]
     bearing = token_labels(tokens, given_spans)
     for concept in ("a", "b", "other"):
-        assert bearing.get(concept, np.array([])).tolist() == np.flatnonzero(
-            naive_labels(tokens, given_spans, concept)
-        ).tolist()
+        assert (
+            bearing.get(concept, np.array([])).tolist()
+            == np.flatnonzero(naive_labels(tokens, given_spans, concept)).tolist()
+        )
 
 
 def test_tokens_of_the_bundled_model_bear_the_labels_of_their_characters() -> None:

@@ -117,8 +117,8 @@ def _check_names(names: Sequence[str]) -> None:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ValueError(
-            f"Each set of data must have a name of its own, by which results call it; {', '.join(twice)} would be of two. "
-            "Name each once, or rename a file."
+            f"Each set of data must have a name of its own, by which results call it; {', '.join(twice)} would be of "
+            "two. Name each once, or rename a file."
         )
 
 

@@ -93,9 +93,10 @@ class NamedLatent(NamedTuple):
 
 
 def number_of_classes(features: str, found: Sequence[object], classes: int) -> int:
-    """Return over how many classes a mean is: all, a latent that tells none having no row; of a dense layer those found.
+    """Return over how many classes a mean is: all, as a class that no latent tells has no row and counts as 0.
 
-    A dense layer, of which not all tokens are kept where they are many, has no row for a concept of too few of them.
+    A dense layer, of which not all tokens are kept where they are many, has no row for a concept of too few of them;
+    its mean is over those found.
     """
     return len(found) if features.partition("/")[2] in (HIDDEN, RESIDUAL) else classes
 

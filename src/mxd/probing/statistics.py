@@ -13,10 +13,9 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 
 from mxd.evaluation.intervals import Interval, percentile_interval, resampled_sums
 
-
 LEAST_GROUPS = 5
-"""Documents of the test part that must hold a class, and what is not of it, for an interval: fewer have too few resamples
-that differ."""
+"""Documents of the test part that must hold a class, and what is not of it, for an interval: of fewer, too few
+resamples differ."""
 
 
 class Verdict(NamedTuple):
@@ -36,8 +35,8 @@ class Quality(NamedTuple):
     f1: float
     """Harmonic mean of precision and recall; 0 where nothing was found."""
     f1_interval: Interval | None
-    """Over examples, or over documents where examples are tokens; None where fewer than five hold the class, or where no
-    resample differs, as when nothing was told wrong: neither says how sure the number is."""
+    """Over examples, or over documents where examples are tokens; None where fewer than five hold the class, or where
+    no resample differs, as when nothing was told wrong: neither says how sure the number is."""
     balanced_accuracy: float
     """Mean of the shares of positives and of negatives that were told right."""
     balanced_accuracy_interval: Interval | None
@@ -81,10 +80,10 @@ def groups_with(positive: Bool[np.ndarray, " examples"], groups: Int[np.ndarray,
 def small_sample_tail(count: int) -> float:
     r"""Return the share to leave out at either end of resamples of so few groups for a 95 % interval.
 
-    Resamples of n groups scatter by $\sqrt{(n-1)/n}$ too little, and their quantiles are the normal distribution's where
-    a mean of n has Student's. So the ends are moved out, to $\Phi(-\sqrt{n/(n-1)}\,t_{n-1})$ with the 97.5 % quantile of
-    Student's t (the expanded percentile interval; Hesterberg, 2015, What Teachers Should Know About the Bootstrap). It is
-    .001 for 5 groups and .020 for 40, and tends to .025.
+    Resamples of n groups scatter by $\sqrt{(n-1)/n}$ too little, and their quantiles are the normal distribution's
+    where a mean of n has Student's. So the ends are moved out, to $\Phi(-\sqrt{n/(n-1)}\,t_{n-1})$ with the 97.5 %
+    quantile of Student's t (the expanded percentile interval; Hesterberg, 2015, What Teachers Should Know About the
+    Bootstrap). It is .001 for 5 groups and .020 for 40, and tends to .025.
 
     Args:
         count: Number of groups, at least 2.

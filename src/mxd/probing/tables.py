@@ -87,7 +87,7 @@ def concept_table(result: SetResult) -> Table:
     table.add_column("Class", no_wrap=True, overflow="ellipsis", max_width=22)
     for name in names:
         heading = features_name(name, kinds[name], with_layer=several_layers(result))
-        table.add_column(_text(heading), justify="right")
+        table.add_column(_text(heading), justify="right", overflow="fold")
     table.add_column(CHANCE, justify="right")
     for concept in result.examples:
         found = {row.features: row for row in result.rows if row.concept == concept and row.k == 1}

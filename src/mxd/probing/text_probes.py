@@ -54,8 +54,8 @@ def probe_texts(probed: Probed, texts: TextSet, report: Report = say_nothing) ->
     if parts is None or len(classes) < 2:
         raise ValueError(
             f"Texts to probe with must be of two classes with {least_per_class()} texts of five tokens each, and "
-            f"{LEAST_IN_PART} in each part where groups of texts stay together; of {texts.name} there remain {classes}. "
-            "Give more or longer texts."
+            f"{LEAST_IN_PART} in each part where groups of texts stay together; of {texts.name} there remain "
+            f"{classes}. Give more or longer texts."
         )
     parts = Parts(*(part[np.isin(labels[part], classes)] for part in parts))
     judged_together = collected.groups[parts.test]
@@ -119,7 +119,8 @@ def _split_groups(
     _, own_group = np.unique(groups[kept], return_inverse=True)
     counts = np.zeros((own_group.max() + 1, own_class.max() + 1))
     np.add.at(counts, (own_group, own_class), 1)
-    # Shares of classes and not texts, so that a rare class weighs as much; large groups first, as they are hard to place.
+    # Shares of classes and not texts, so that a rare class weighs as much; large groups first, as they are hard to
+    # place.
     shares = counts / counts.sum(axis=0)
     order = random.permutation(len(counts))
     order = order[np.argsort(-counts.sum(axis=1)[order], kind="stable")]

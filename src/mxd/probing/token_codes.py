@@ -264,7 +264,10 @@ def have_enough(labels: Bool[np.ndarray, "tokens concepts"], parts: Parts) -> Bo
 
 
 def _parts(sizes: Sequence[int], for_test: Sequence[bool]) -> list[int]:
-    """Give each document, or group of them, in turn to the part that lacks most of its share, the longest first; some are for test."""
+    """Give each document, or group of them, in turn to the part that lacks most of its share, the longest first.
+
+    Some are for the test.
+    """
     shares = np.array(TOKEN_SHARES) if not any(for_test) else np.array([*TOKEN_SHARES[:-1], 0.0])
     open_to_all = [place for place, fixed in enumerate(for_test) if not fixed]
     total = sum(sizes[place] for place in open_to_all)

@@ -147,9 +147,7 @@ class _Best:
         return _Worth(thresholds, f1)
 
 
-def _choose_among_latents(
-    codes: TokenCodes, tokens: LabelledTokens, number: int, worth: _Worth
-) -> Iterator[_Choice]:
+def _choose_among_latents(codes: TokenCodes, tokens: LabelledTokens, number: int, worth: _Worth) -> Iterator[_Choice]:
     order = np.argsort(-worth.f1, kind="stable")[: max(KS)]
     ranked = order[worth.f1[order] > 0]
     if not len(ranked):
