@@ -24,7 +24,7 @@ from mxd.printable import printable
 from mxd.probing import hub_sets, picture, token_codes
 from mxd.probing.alignment import TokenizedText, token_labels, tokenize_texts
 from mxd.probing.collecting import Probed
-from mxd.probing.examples import Example, Skipped, Span, TextSet, labelled_by
+from mxd.probing.examples import Example, Skipped, Span, TextSet, Unlabelled, labelled_by
 from mxd.probing.features import collect_text_features
 from mxd.probing.files import read_labelled_file
 from mxd.probing.hub_sets import load_hub_set
@@ -294,6 +294,8 @@ def test_two_sets_of_one_name_are_refused(tiny: TinyRun, tmp_path: Path, mxd: Co
     paths = [
         write_rows(folder / "spans.jsonl", [{"text": "ab", "spans": []}]) for folder in (tmp_path, tmp_path / "more")
     ]
+    twice = mxd("probe", tiny.run, "--data", "paper", "ag-news")
+    assert_refused(twice, "probe", "must have a name of its own", "ag-news would be of two")
     assert_refused(
         mxd("probe", tiny.run, "--data", *paths), "probe", "must have a name of its own", "spans would be of two"
     )
@@ -301,7 +303,7 @@ def test_two_sets_of_one_name_are_refused(tiny: TinyRun, tmp_path: Path, mxd: Co
 
 def test_a_text_with_commas_and_no_quotation_marks_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "bare.csv"
-    path.write_text("text,label\nfine,good\nwell, well,good\n")
+    path.write_text("text,label\nfine,good,,\nwell, well,good\n")
     with pytest.raises(ValueError, match=r"bare\.csv, line 3 has 3\. Put a text that has commas in quotation marks"):
         read_labelled_file(path)
 
@@ -338,6 +340,14 @@ def test_what_a_labeller_says_must_fit_its_text(probed: Probed) -> None:
     data = labelled_by("made", sentences(9), lambda text: [Span(3, len(text) + 1, "x")])
     with pytest.raises(ValueError, match=r"A span must fit its text, .*; document \d of made has 3 to"):
         collect_tokens(probed, data, 1_000)
+
+
+def test_documents_of_which_none_can_be_labelled_are_refused(probed: Probed) -> None:
+    def fail(text: str) -> list[Span]:
+        raise Unlabelled(text)
+
+    with pytest.raises(ValueError, match=r"must be three or more, .* 0 can be used"):
+        collect_tokens(probed, labelled_by("made", sentences(9), fail), 1_000)
 
 
 def test_remarks_say_which_classes_have_no_interval() -> None:

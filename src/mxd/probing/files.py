@@ -73,7 +73,7 @@ def _read_csv(path: Path) -> Iterator[_Row]:
         head = next(lines, [])
         for fields in lines:
             if fields:
-                if len(fields) > len(head):
+                if any(fields[len(head) :]):
                     raise ValueError(
                         f"A row of a .csv must have no more fields than its first line, {len(head)}; {path}, line "
                         f"{lines.line_num} has {len(fields)}. Put a text that has commas in quotation marks."

@@ -23,6 +23,7 @@ from mxd.probing.examples import (
     check_texts,
     check_tokens,
 )
+from mxd.probing.hub_sets import HUB_SETS
 from mxd.probing.results import NamedLatent, Probing, SetResult
 from mxd.probing.sources import default_data, open_data, parse_data
 from mxd.probing.text_probes import SEED, probe_texts
@@ -58,6 +59,7 @@ def probe_run(
     check_tokens(tokens)
     description = read_finished_run(run)
     names = parse_data(data or default_data(description["config"]["text"]))
+    _check_names([name.name for name in names if name.name in HUB_SETS])
     # All that can be refused is refused before the model runs.
     chosen = load_students(run, description["students"], students)
     sets = [open_data(name, texts) for name in names]

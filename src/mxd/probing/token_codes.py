@@ -119,11 +119,12 @@ def collect_tokens(
     """
     check_tokens(num_tokens)
     chosen = _choose(probed, data, num_tokens, seed)
+    numbers: dict[object, int] = {}
+    groups = [numbers.setdefault(document.group, len(numbers)) for document in chosen.documents]
+    group_of = np.array(groups, dtype=np.int64)
+    part_of = _part_of_each(chosen.documents, group_of, data)
     sizes = [len(document.ids) for document in chosen.documents]
     documents = np.repeat(np.arange(len(sizes)), sizes)
-    numbers: dict[object, int] = {}
-    group_of = np.array([numbers.setdefault(document.group, len(numbers)) for document in chosen.documents])
-    part_of = _part_of_each(chosen.documents, group_of, data)
     parts = Parts(*(np.flatnonzero(part_of[documents] == number) for number in range(len(TOKEN_SHARES))))
     concepts, labels, skipped = _labels(chosen.documents, parts)
     flown = _Flown(probed, len(documents))
