@@ -153,7 +153,9 @@ def test_a_class_in_fewer_than_five_documents_has_no_interval(holding: int, ther
 
 def test_what_is_never_wrong_has_no_interval_of_no_width() -> None:
     verdict, groups = some_verdict(12, 12, wrong=0)
-    for found in (judge([verdict], groups), judge([verdict])):
+    # Resamples of the second without any positive have no say: their F1 is 0 whatever the probe.
+    rare, documents = some_verdict(12, 5, wrong=0)
+    for found in (judge([verdict], groups), judge([verdict]), judge([rare], documents)):
         assert found[0].f1 == 1
         assert found[0].f1_interval is None
         assert found[0].balanced_accuracy_interval is None

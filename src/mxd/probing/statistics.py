@@ -105,6 +105,8 @@ def _quality(
     both = 0 < verdict.positive.sum() < len(verdict.positive)
     holding = int((table[:, [0, 2]].sum(axis=1) > 0).sum())
     lacking = int((table[:, [1, 3]].sum(axis=1) > 0).sum())
+    # A resample without positives can have no other F1 than 0, and none has a share of them that was told right.
+    resampled = resampled[resampled[:, [0, 2]].sum(axis=1) > 0]
     return Quality(
         f1=float(_f1(cells[None])[0]),
         f1_interval=_interval(_f1(resampled), holding),
@@ -124,7 +126,7 @@ def _f1(cells: Float[np.ndarray, "*some 4"]) -> Float[np.ndarray, "*some"]:
 
 def _balanced(cells: Float[np.ndarray, "*some 4"]) -> Float[np.ndarray, "*some"]:
     hits, wrong, missed, right = (cells[..., place] for place in range(4))
-    # A resample without positives, or without negatives, says nothing of their share: NaN.
+    # A resample without negatives says nothing of their share: NaN.
     with np.errstate(invalid="ignore", divide="ignore"):
         return (hits / (hits + missed) + right / (right + wrong)) / 2
 
