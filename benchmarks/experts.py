@@ -30,7 +30,7 @@ from mxd.models import block_activations
 from mxd.probing.collecting import Probed
 from mxd.probing.examples import SpanSet
 from mxd.probing.picture import draw_probing
-from mxd.probing.results import ProbeRow, Probing, SetResult
+from mxd.probing.results import ProbeRow, Probing, SetResult, number_of_classes
 from mxd.probing.sources import DataName, open_data
 from mxd.probing.statistics import Quality
 from mxd.probing.token_codes import TOKEN_IDENTITY, collect_tokens
@@ -106,7 +106,8 @@ def _read_set(result: Mapping[str, Any]) -> SetResult:
         for row in result["rows"]
     ]
     kept = {name: result[name] for name in ("data", "examples", "total", "left_out", "documents")}
-    return SetResult(**kept, parts=list(result["parts"].values()), skipped=[], rows=rows)
+    groups = result.get("test_groups", {})
+    return SetResult(**kept, parts=list(result["parts"].values()), skipped=[], rows=rows, test_groups=groups)
 
 
 def _data(word: str) -> str:
@@ -127,7 +128,8 @@ def _lines(level: str, result: Mapping[str, Any]) -> list[dict[str, object]]:
         for k in (1, 2, 5, 20, 100, None):
             scores = [row["f1"] for row in own if row["k"] == k]
             heading = "F1, all" if k is None else f"F1, best {k}"
-            line[heading] = sum(scores) / len(result["examples"]) if scores else ""
+            classes = number_of_classes(features, scores, len(result["examples"]))
+            line[heading] = sum(scores) / classes if scores else ""
         for key, column in (("balanced_accuracy", "balanced accuracy, best 1"), ("roc_auc", "ROC AUC, best 1")):
             scores = [row[key] for row in own if row["k"] == 1 and row[key] is not None]
             line[column] = float(np.mean(scores)) if scores else ""

@@ -122,18 +122,21 @@ def test_a_token_bears_a_label_that_holds_half_of_its_characters(
     ends = np.array([min(start + length, 30) for start, length in places], dtype=np.int64)
     tokens = TokenizedText(np.zeros(len(places), dtype=np.int64), starts, ends)
     given_spans = [Span(*span) for span in found]
-    labels = token_labels(tokens, given_spans, ["a", "b"], 30)
-    for column, concept in enumerate(("a", "b")):
-        assert labels[:, column].tolist() == naive_labels(tokens, given_spans, concept)
+    bearing = token_labels(tokens, given_spans)
+    for concept in ("a", "b", "other"):
+        assert (
+            bearing.get(concept, np.array([])).tolist()
+            == np.flatnonzero(naive_labels(tokens, given_spans, concept)).tolist()
+        )
 
 
 def test_tokens_of_the_bundled_model_bear_the_labels_of_their_characters() -> None:
     tokenizer = load_tokenizer("bundled")
     [tokens] = tokenize_texts(tokenizer, [SOURCE])
-    labels = token_labels(tokens, python_spans(SOURCE), ["def", "function name", "comment", "indentation"], len(SOURCE))
+    bearing = token_labels(tokens, python_spans(SOURCE))
     found = {
-        concept: [str(tokenizer.decode([token])) for token in tokens.ids[labels[:, column]].tolist()]
-        for column, concept in enumerate(("def", "function name", "comment", "indentation"))
+        concept: [str(tokenizer.decode([token])) for token in tokens.ids[bearing[concept]].tolist()]
+        for concept in ("def", "function name", "comment", "indentation")
     }
     assert [token.strip() for token in found["def"]] == ["def"]
     assert "".join(found["function name"]).strip() == "bar"

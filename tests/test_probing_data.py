@@ -237,7 +237,7 @@ def test_surnames_are_read_as_they_are_saved(tmp_path: Path) -> None:
         ({"name": "Bob Someone"}, "must have its name of two words or more in its text"),
         ({"name": "Ann"}, "must have its name of two words"),
         ({"class": None}, "must have the field 'class'"),
-        ({"text": None}, "must have text in 'text'"),
+        ({"text": 7}, "must have text in 'text'"),
     ],
 )
 def test_a_row_without_a_surname_is_named(tmp_path: Path, change: dict[str, object], expected: str) -> None:

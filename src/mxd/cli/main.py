@@ -7,6 +7,8 @@ from typing import NoReturn
 
 import tyro
 
+from mxd.printable import printable
+
 DONE, CANNOT_BE_MET, FAULT, INTERRUPTED = 0, 2, 3, 130
 
 
@@ -123,6 +125,6 @@ def _is_out_of_memory(error: Exception) -> bool:
 def _fail(name: str, message: str, status: int, error: BaseException) -> NoReturn:
     if os.environ.get("MXD_TRACEBACK"):
         raise error
-    # One line, whatever a library's message holds.
-    print(f"{name}: {' '.join(message.split())}", file=sys.stderr)
+    # One line, whatever a library's message or the name of a file holds.
+    print(printable(f"{name}: {' '.join(message.split())}"), file=sys.stderr)
     sys.exit(status)

@@ -9,6 +9,7 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from mxd.printable import printable
 from mxd.probing.examples import TEXTS, TOKENS
 
 
@@ -50,7 +51,9 @@ def probe(
         probing = probe_run(run, data=data, texts=texts, tokens=tokens, students=student, device=device, report=bar)
     written: list[Path] = []
     if not student:
-        written = [*draw_probing(probing, run), write_probing(run, probing)]
+        # First what cannot be made again in a moment.
+        file = write_probing(run, probing)
+        written = [*draw_probing(probing, run), file]
     if json_:
         print(json.dumps(probing.to_json(), ensure_ascii=False))
         return
@@ -66,7 +69,7 @@ def probe(
     for remark in remarks([*probing.texts, *probing.tokens]):
         console.print(remark)
     if written:
-        console.print(f"Wrote {', '.join(path.name for path in written)} to {os.fspath(run)}.")
+        console.print(printable(f"Wrote {', '.join(path.name for path in written)} to {os.fspath(run)}."))
 
 
 class _Bar:

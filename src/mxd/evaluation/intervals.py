@@ -46,11 +46,16 @@ def resampled_sums(
     return torch.stack(drawn)
 
 
-def percentile_interval(values: Float[Tensor, " resamples"]) -> Interval | None:
-    """Return the range that holds the middle 95 % of what resamples gave; None where a value is not finite."""
+def percentile_interval(values: Float[Tensor, " resamples"], *, tail: float = 0.025) -> Interval | None:
+    """Return the range that holds the middle of what resamples gave; None where a value is not finite.
+
+    Args:
+        values: What the resamples gave.
+        tail: Share of them that is left out at either end: .025 for the middle 95 %.
+    """
     if not bool(values.isfinite().all()):
         return None
-    low, high = torch.quantile(values, torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist()
+    low, high = torch.quantile(values, torch.tensor([tail, 1 - tail], dtype=values.dtype)).tolist()
     return (low, high)
 
 

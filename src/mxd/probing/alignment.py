@@ -1,13 +1,18 @@
 """From characters to a language model's tokens."""
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 
 from mxd.data.tokenization import Tokenizer
 from mxd.probing.examples import Span
+
+CHARACTERS_A_TOKEN = 64
+"""Characters of a long text that are tokenised for each token that is asked for: tokens take a hundred times the memory
+of their text, and so many are as good as never in one token."""
 
 
 class TokenizedText(NamedTuple):
@@ -36,20 +41,38 @@ def tokenize_texts(tokenizer: Tokenizer, texts: Sequence[str]) -> Iterator[Token
             "Probing needs a tokenizer that knows each token's characters (tokenizer.json); this model's does not. "
             "Convert it to a fast tokenizer of transformers."
         )
-    # verbose=False keeps back the warning that a text is longer than the model's context.
-    encoded = tokenizer(
-        list(texts),
-        add_special_tokens=False,
-        return_offsets_mapping=True,
-        return_attention_mask=False,
-        padding=False,
-        truncation=False,
-        verbose=False,
-    )
+    with _all_characters(tokenizer):
+        # verbose=False keeps back the warning that a text is longer than the model's context.
+        encoded = tokenizer(
+            list(texts),
+            add_special_tokens=False,
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+            padding=False,
+            truncation=False,
+            verbose=False,
+        )
     for text, ids, offsets in zip(texts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
         bounds = np.array(offsets, dtype=np.int64).reshape(-1, 2)
         starts, ends = _without_blanks(text, bounds[:, 0], bounds[:, 1])
         yield TokenizedText(np.array(ids, dtype=np.int64), starts, ends)
+
+
+@contextmanager
+def _all_characters(tokenizer: Tokenizer) -> Generator[None, None, None]:
+    """Let offsets reach over the white space of each token, of whatever part of it.
+
+    The last step of many tokenizers (ByteLevel with `trim_offsets`, as in GPT-NeoX, Llama 3 and RoBERTa) takes it away:
+    a token of white space then stands for no character, and indentation would have no tokens. Beside that this step
+    adds special tokens, of which there are none here.
+    """
+    backend: Any = tokenizer.backend_tokenizer
+    step = backend.post_processor
+    backend.post_processor = None
+    try:
+        yield
+    finally:
+        backend.post_processor = step
 
 
 def _without_blanks(
@@ -65,24 +88,42 @@ def _without_blanks(
     return np.where(empty, starts, first), np.where(empty, ends, last)
 
 
-def token_labels(
-    tokens: TokenizedText, spans: Sequence[Span], concepts: Sequence[str], length: int
-) -> Bool[np.ndarray, "tokens concepts"]:
-    """Return which tokens bear which labels: those of whose characters a labelled span holds at least half.
+def token_labels(tokens: TokenizedText, spans: Sequence[Span]) -> dict[str, Int[np.ndarray, " bearing"]]:
+    """Return which tokens bear each label: those of whose characters its spans hold at least half.
+
+    Memory is that of the spans and of what is returned, whatever the length of the text and the number of labels.
 
     Args:
         tokens: The tokens.
-        spans: The labelled characters; spans of other labels than `concepts` are left out.
-        concepts: The labels.
-        length: Number of characters of the text.
+        spans: The labelled characters; they may overlap.
     """
-    numbers = {concept: number for number, concept in enumerate(concepts)}
-    edges = np.zeros((length + 1, len(concepts)), dtype=np.int32)
+    by_label: dict[str, list[tuple[int, int]]] = {}
     for span in spans:
-        if span.label in numbers:
-            edges[span.start, numbers[span.label]] += 1
-            edges[span.end, numbers[span.label]] -= 1
-    held = np.zeros((length + 1, len(concepts)), dtype=np.int32)
-    held[1:] = np.cumsum(np.cumsum(edges, axis=0)[:-1] > 0, axis=0)
-    inside = held[tokens.ends] - held[tokens.starts]
-    return (2 * inside >= (tokens.ends - tokens.starts)[:, None]) & (inside > 0)
+        by_label.setdefault(span.label, []).append((span.start, span.end))
+    lengths = tokens.ends - tokens.starts
+    found: dict[str, Int[np.ndarray, " bearing"]] = {}
+    for label, edges in by_label.items():
+        held = _Union(np.array(edges, dtype=np.int64))
+        inside = held.before(tokens.ends) - held.before(tokens.starts)
+        bearing = np.flatnonzero((2 * inside >= lengths) & (inside > 0))
+        if len(bearing):
+            found[label] = bearing
+    return found
+
+
+class _Union:
+    """The characters that any of some spans holds."""
+
+    def __init__(self, edges: Int[np.ndarray, "spans 2"]) -> None:
+        edges = edges[np.argsort(edges[:, 0], kind="stable")]
+        reached = np.maximum.accumulate(edges[:, 1])
+        begins = np.flatnonzero(edges[:, 0] > np.concatenate([[-1], reached[:-1]]))
+        self._starts = edges[begins, 0]
+        self._ends = reached[np.append(begins[1:], len(edges)) - 1]
+        self._held = np.concatenate([[0], np.cumsum(self._ends - self._starts)])
+
+    def before(self, places: Int[np.ndarray, " places"]) -> Int[np.ndarray, " places"]:
+        """Return how many of the characters before each place are held."""
+        number = np.searchsorted(self._starts, places, side="right")
+        last = np.maximum(number - 1, 0)
+        return np.where(number > 0, self._held[last] + np.minimum(places, self._ends[last]) - self._starts[last], 0)

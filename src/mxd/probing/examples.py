@@ -31,6 +31,9 @@ class Example(NamedTuple):
     """Its class."""
     span: tuple[int, int] | None = None
     """The characters, from and to, over whose tokens codes are averaged; None for the whole text."""
+    group: str | None = None
+    """Whom or what it is about, such as a surname or a repository: all texts of a group are in one part, for a latent
+    that knows a group's name would tell the class of its other texts. None for a text of no group."""
 
 
 class Span(NamedTuple):
@@ -86,6 +89,8 @@ class TextSet:
     """Classes that were left out because they have too few texts."""
     duplicates: int = 0
     """Texts that were left out because they are there already."""
+    blank: int = 0
+    """Rows that were left out because they have no text."""
     keep: Literal["first", "last"] = "first"
     """Which tokens stay of a text that is longer than the context."""
 
@@ -106,6 +111,9 @@ class SpanSet:
     spans_of: Callable[[int], Sequence[Span]]
     """Returns the labelled parts of a document, given its number; they may overlap. Raises `Unlabelled` where it cannot
     be labelled. It is asked for no more documents than are used."""
+    groups: Sequence[str | None] = ()
+    """Whom or what each document is about: documents of a group are in one part. None for a document of no group; no
+    document is of one where empty."""
     for_test: frozenset[int] = frozenset()
     """Numbers of the documents that the test part is made of; where there are none, parts are drawn at random."""
 
@@ -134,7 +142,7 @@ def make_text_set(
     keep: Literal["first", "last"] = "first",
     per_class: int | None = None,
     total: int | None = None,
-    least: int | None = None,
+    blank: int = 0,
     seed: int = 42,
 ) -> TextSet:
     """Return a set of texts, shuffled, without duplicates and without classes that are too small.
@@ -145,13 +153,15 @@ def make_text_set(
         keep: Which tokens stay of a text that is longer than the context.
         per_class: Texts of a class, at most.
         total: Texts of all classes, at most.
-        least: Texts that a class must have; `least_per_class()` where None.
+        blank: Rows that were left out because they have no text.
         seed: Seed of the order, and so of which texts are left where there are too many.
 
     Raises:
-        ValueError: If fewer than two classes remain.
+        ValueError: If fewer than two classes remain, or `total` is too small for two.
     """
-    least = least_per_class() if least is None else least
+    if total is not None:
+        check_texts(total)
+    least = least_per_class()
     distinct = list({(example.text, example.span): example for example in reversed(examples)}.values())[::-1]
     order = np.random.default_rng(seed).permutation(len(distinct))
     taken: Counter[str] = Counter()
@@ -168,12 +178,32 @@ def make_text_set(
         found = ", ".join(f"{label!r}: {count}" for label, count in counts.most_common(8)) or "none"
         raise ValueError(
             f"Texts to probe with must be of at least two classes with {least} different texts each; {name} has "
-            f"{found}. Give more texts."
+            f"{found}. Give more texts, or ask for more --texts."
         )
     kept = [example for example in chosen if example.label not in small]
-    return TextSet(name=name, examples=kept, skipped=skipped, duplicates=len(examples) - len(distinct), keep=keep)
+    duplicates = len(examples) - len(distinct)
+    return TextSet(name=name, examples=kept, skipped=skipped, duplicates=duplicates, blank=blank, keep=keep)
 
 
 def least_per_class() -> int:
     """Return how many examples a class must have for each part to have its least number."""
     return round(LEAST_IN_PART / min(PART_SHARES))
+
+
+def check_texts(texts: int) -> None:
+    """Raise a ValueError where so few texts cannot have two classes of which each part has its least number."""
+    least = 2 * least_per_class()
+    if texts < least:
+        raise ValueError(
+            f"--texts must be at least {least}, {least_per_class()} of each of two classes; got {texts}. Ask for more."
+        )
+
+
+def check_tokens(tokens: int) -> None:
+    """Raise a ValueError where so few tokens cannot have a concept, and what is not of it, in each part."""
+    least = round(2 * LEAST_IN_PART / min(TOKEN_SHARES))
+    if tokens < least:
+        raise ValueError(
+            f"--tokens must be at least {least}, so that each part has {LEAST_IN_PART} tokens of a concept and as many "
+            f"others; got {tokens}. Ask for more."
+        )

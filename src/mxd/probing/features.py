@@ -1,7 +1,8 @@
 """Mean codes of texts: one row a text, sparse for sparse layers."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, cast
+from hashlib import blake2b
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -9,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from scipy import sparse
 
 from mxd.evaluation.drawing import kind_of
-from mxd.probing.alignment import TokenizedText, tokenize_texts
+from mxd.probing.alignment import CHARACTERS_A_TOKEN, TokenizedText, tokenize_texts
 from mxd.probing.collecting import BATCH_TOKENS, Probed, Report, flow, say_nothing
 from mxd.probing.examples import Example, TextSet
 
@@ -64,14 +65,19 @@ class TextFeatures(NamedTuple):
 
     labels: list[str]
     """Each text's class."""
+    groups: Int[np.ndarray, " texts"]
+    """Number of each text's group; a text of no group is one by itself."""
     features: list[Features]
     """The same rows for each student and each dense layer."""
     too_short: int
     """Texts that were left out because they have too few tokens."""
+    duplicates: int
+    """Texts that were left out because what is seen of them was there already, in a text that goes on differently."""
 
 
 class _Prepared(NamedTuple):
     label: str
+    group: str | None
     ids: Int[np.ndarray, " tokens"]
     wanted: Bool[np.ndarray, " tokens"]
 
@@ -87,10 +93,7 @@ def collect_text_features(probed: Probed, texts: TextSet, report: Report = say_n
         texts: The texts.
         report: Is told how far it is.
     """
-    prepared, too_short = [], 0
-    for item in _prepare(probed, texts):
-        prepared += [] if item is None else [item]
-        too_short += item is None
+    prepared, too_short, duplicates = _read(probed, texts)
     # Texts of like length together, so that little is padding.
     order = sorted(range(len(prepared)), key=lambda place: len(prepared[place].ids))
     widths = {student.name: student.network.config.num_latents for student in probed.students}
@@ -116,7 +119,36 @@ def collect_text_features(probed: Probed, texts: TextSet, report: Report = say_n
     stacked = {name: cast("sparse.csr_array", sparse.vstack(parts, format="csr")) for name, parts in codes.items()}
     found = [Features(name, cast("sparse.csr_array", values[back])) for name, values in stacked.items()]
     found += [Features(name, np.concatenate(parts)[back]) for name, parts in dense.items()]
-    return TextFeatures([item.label for item in prepared], found, too_short)
+    return TextFeatures([item.label for item in prepared], _numbered(prepared), found, too_short, duplicates)
+
+
+def _read(probed: Probed, texts: TextSet) -> tuple[list[_Prepared], int, int]:
+    prepared: list[_Prepared] = []
+    seen: set[bytes] = set()
+    too_short = duplicates = 0
+    for item in _prepare(probed, texts):
+        if item is None:
+            too_short += 1
+            continue
+        # The same tokens in two parts would be known before they are tested.
+        digest = blake2b(item.ids.tobytes() + item.wanted.tobytes(), digest_size=16).digest()
+        if digest in seen:
+            duplicates += 1
+            continue
+        seen.add(digest)
+        prepared.append(item)
+    return prepared, too_short, duplicates
+
+
+def _numbered(prepared: Sequence[_Prepared]) -> Int[np.ndarray, " texts"]:
+    numbers: dict[object, int] = {}
+    return np.array(
+        [
+            numbers.setdefault(place if item.group is None else item.group, len(numbers))
+            for place, item in enumerate(prepared)
+        ],
+        dtype=np.int64,
+    )
 
 
 def _batches(order: Sequence[int], prepared: Sequence[_Prepared]) -> Iterator[list[int]]:
@@ -134,9 +166,20 @@ def _batches(order: Sequence[int], prepared: Sequence[_Prepared]) -> Iterator[li
 def _prepare(probed: Probed, texts: TextSet) -> Iterator[_Prepared | None]:
     for first in range(0, len(texts.examples), TEXTS_AT_ONCE):
         examples = texts.examples[first : first + TEXTS_AT_ONCE]
+        examples = [_excerpt(example, texts.keep, probed.body * CHARACTERS_A_TOKEN) for example in examples]
         tokenized = tokenize_texts(probed.tokenizer, [example.text for example in examples])
         for example, tokens in zip(examples, tokenized, strict=True):
             yield _cut(probed, texts, example, tokens)
+
+
+def _excerpt(example: Example, keep: Literal["first", "last"], most: int) -> Example:
+    """Return an example without the characters that its context cannot reach: tokens of a long text take memory."""
+    if example.span is None:
+        return example._replace(text=example.text[:most] if keep == "first" else example.text[-most:])
+    start, end = example.span
+    first = max(0, end - most)
+    span = (max(start, first) - first, end - first)
+    return example._replace(text=example.text[first : end + CHARACTERS_A_TOKEN], span=span)
 
 
 def _cut(probed: Probed, texts: TextSet, example: Example, tokens: TokenizedText) -> _Prepared | None:
@@ -144,7 +187,7 @@ def _cut(probed: Probed, texts: TextSet, example: Example, tokens: TokenizedText
         last = len(tokens.ids) if texts.keep == "last" else min(len(tokens.ids), probed.body)
         tokens = tokens.at(max(0, last - probed.body), last)
         wanted = probed.content(tokens.ids)
-        return _Prepared(example.label, tokens.ids, wanted) if wanted.sum() >= LEAST_TOKENS else None
+        return _Prepared(example.label, example.group, tokens.ids, wanted) if wanted.sum() >= LEAST_TOKENS else None
     start, end = example.span
     # A token counts that any character of the span is in.
     wanted = (tokens.starts < end) & (tokens.ends > start)
@@ -152,4 +195,4 @@ def _cut(probed: Probed, texts: TextSet, example: Example, tokens: TokenizedText
         return None
     last = int(np.flatnonzero(wanted)[-1]) + 1
     kept = slice(max(0, last - probed.body), last)
-    return _Prepared(example.label, tokens.ids[kept], wanted[kept])
+    return _Prepared(example.label, example.group, tokens.ids[kept], wanted[kept])

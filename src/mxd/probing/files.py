@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple, cast
 
+from mxd.printable import printable
 from mxd.probing.examples import TEXTS, Example, ProbingSet, Span, SpanSet, make_text_set
 
 MOST_CHARACTERS = 2**24
@@ -21,6 +22,7 @@ class _Row(NamedTuple):
 def read_labelled_file(path: Path, texts: int = TEXTS) -> ProbingSet:
     """Return the labelled texts of a file: `{text, label}` a row, or `{text, spans}` where a .jsonl's rows have spans.
 
+    Rows of one `group`, where some have such a field, are in one part: texts of one author, say, or about one person.
     A span is `{"start": 0, "end": 5, "label": "..."}` or `[0, 5, "..."]`, in characters of the text, the end behind
     the last one.
 
@@ -38,10 +40,11 @@ def read_labelled_file(path: Path, texts: int = TEXTS) -> ProbingSet:
     if not rows:
         raise ValueError(f"Data to probe with must hold at least one row; {path} holds none. Give another file.")
     # data.jsonl says nothing: its folder does.
-    name = path.parent.name if path.stem == "data" and path.parent.name else path.stem
+    name = printable(path.parent.name if path.stem == "data" and path.parent.name else path.stem)
     if any("spans" in row.fields for row in rows):
         spans = [_spans(row) for row in rows]
-        return SpanSet(name=name, texts=[str(row.fields["text"]) for row in rows], spans_of=spans.__getitem__)
+        texts_of = [str(row.fields["text"]) for row in rows]
+        return SpanSet(name=name, texts=texts_of, spans_of=spans.__getitem__, groups=[_group(row) for row in rows])
     return make_text_set(name, [_example(row) for row in rows], total=texts)
 
 
@@ -70,6 +73,11 @@ def _read_csv(path: Path) -> Iterator[_Row]:
         head = next(lines, [])
         for fields in lines:
             if fields:
+                if any(fields[len(head) :]):
+                    raise ValueError(
+                        f"A row of a .csv must have no more fields than its first line, {len(head)}; {path}, line "
+                        f"{lines.line_num} has {len(fields)}. Put a text that has commas in quotation marks."
+                    )
                 # A row that is too short lacks its last fields, and _example says so.
                 yield _Row(dict(zip(head, fields, strict=False)), f"{path}, line {lines.line_num}")
     except csv.Error as error:
@@ -123,7 +131,17 @@ def _example(row: _Row) -> Example:
             f"Every row must have 'text' and 'label', or 'text' and 'spans'; {row.where} has {found}. "
             "Name the fields so."
         )
-    return Example(text_of(row.fields, "text", row.where), label_of(row.fields["label"], row.where))
+    text, label = text_of(row.fields, "text", row.where), label_of(row.fields["label"], row.where)
+    return Example(text, label, group=_group(row))
+
+
+def _group(row: _Row) -> str | None:
+    value = row.fields.get("group")
+    if value is None or value == "":
+        return None
+    if isinstance(value, (str, int, float)):
+        return str(value)
+    raise ValueError(f"A group must be a text or a number; {row.where} has {str(value)[:60]!r}. Repair or remove it.")
 
 
 def _spans(row: _Row) -> list[Span]:

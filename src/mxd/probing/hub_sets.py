@@ -6,11 +6,12 @@ the MxD paper; the token-level ones are in the layout of Gurnee et al. (2023, `p
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple, cast
 
+from mxd.printable import printable
 from mxd.probing.examples import TEXTS, Example, TextSet, make_text_set
 from mxd.probing.files import label_of, text_of
 
@@ -25,6 +26,8 @@ MOST_ROWS = 2_000_000
 
 SURNAMES = "surnames"
 """Names, in `--data`, the token-level sets in the layout of Gurnee et al."""
+
+_SUFFIXES = frozenset({"jr", "sr", "ii", "iii", "iv"})
 
 Row = Mapping[str, object]
 
@@ -61,14 +64,29 @@ class HubSet:
         return tuple(label for part in self.parts for label in part.labels)
 
 
+class _Blank(Exception):
+    """A row without a text, of which a corpus has some."""
+
+
+def _text(row: Mapping[str, object], name: str, where: str) -> str:
+    value = row.get(name)
+    if name in row and (value is None or (isinstance(value, str) and not value.strip())):
+        raise _Blank
+    return text_of(row, name, where)
+
+
 def _labelled(text: str, label: str, row: Row, where: str) -> Example:
-    return Example(text_of(row, text, where), label_of(_field(row, label, where), where))
+    return Example(_text(row, text, where), label_of(_field(row, label, where), where))
 
 
-def _translated(language: str, row: Row, where: str) -> Example | None:
+def _translated(language: str, row: Row, where: str) -> Example:
     translation = _field(row, "translation", where)
-    text = cast("dict[str, object]", translation).get(language) if isinstance(translation, dict) else None
-    return Example(text, language) if isinstance(text, str) and text.strip() else None
+    if not isinstance(translation, dict):
+        raise ValueError(
+            f"Every row must have a text for each language in 'translation'; {where} has {str(translation)[:60]!r}. "
+            "Give a copy as the hub has the data set."
+        )
+    return Example(_text(cast("dict[str, object]", translation), language, where), language)
 
 
 _EXTENSIONS = {".c": "C", ".h": "C", ".html": "HTML", ".java": "Java", ".php": "PHP", ".py": "Python"}
@@ -77,10 +95,13 @@ _EXTENSIONS = {".c": "C", ".h": "C", ".html": "HTML", ".java": "Java", ".php": "
 def _source_file(row: Row, where: str) -> Example | None:
     # The data set's own script, too, tells the language by the extension.
     language = _EXTENSIONS.get(Path(str(_field(row, "path", where))).suffix)
-    text = str(_field(row, "content", where))
-    if language is None or len(text) <= SKIPPED_CHARACTERS + LEAST_CHARACTERS:
+    if language is None:
         return None
-    return Example(text[SKIPPED_CHARACTERS:], language)
+    text = _text(row, "content", where)
+    if len(text) <= SKIPPED_CHARACTERS + LEAST_CHARACTERS:
+        return None
+    repository = row.get("repo_name")
+    return Example(text[SKIPPED_CHARACTERS:], language, group=None if repository is None else str(repository))
 
 
 def _field(row: Row, name: str, where: str) -> object:
@@ -143,20 +164,34 @@ def load_hub_set(name: str, source: str | None = None, texts: int = TEXTS) -> Te
         ValueError: If a row lacks a field, or fewer than two classes have enough texts.
     """
     found = HUB_SETS[name]
-    examples: list[Example] = []
+    taken = _Taken()
     for part in found.parts:
         rows = open_rows(source or found.repository, config=part.config, data_files=found.data_files)
-        examples += _take(rows, part, found.group, source or found.repository)
-    return make_text_set(name, examples, keep=found.keep, total=texts)
+        taken.examples += _take(rows, part, found.group, source or found.repository, taken)
+    return make_text_set(name, taken.examples, keep=found.keep, total=texts, blank=taken.blank)
 
 
-def _take(rows: Iterable[Row], part: HubPart, group: str | None, where: str) -> Iterator[Example]:
+@dataclass(eq=False)
+class _Taken:
+    examples: list[Example] = field(default_factory=list[Example])
+    blank: int = 0
+
+    def read(self, read: Callable[[Row, str], Example | None], row: Row, where: str) -> Example | None:
+        """Return what a row is, None where it is blank, and count those."""
+        try:
+            return read(row, where)
+        except _Blank:
+            self.blank += 1
+            return None
+
+
+def _take(rows: Iterable[Row], part: HubPart, group: str | None, where: str, so_far: _Taken) -> Iterator[Example]:
     most = PER_CLASS if group is None else PER_CLASS // 2
     wanted = len(part.labels) * (1 if group is None else 2)
     taken: Counter[tuple[str, object]] = Counter()
     for number, row in enumerate(rows, start=1):
         place = f"{where}, row {number}"
-        example = part.read(row, place)
+        example = so_far.read(part.read, row, place)
         if example is not None and example.label in part.labels:
             key = (example.label, None if group is None else _field(row, group, place))
             if taken[key] < most:
@@ -172,7 +207,8 @@ def load_surnames(source: str, texts: int = TEXTS) -> TextSet:
     """Return a set of names in context, each labelled by an attribute of its bearer, in the layout of Gurnee et al.
 
     A row has `text`, which ends with the name (and padding), `name`, and `class`: an occupation, a gender, whether the
-    person lives. Codes are averaged over the tokens of the surname, which is what follows the name's first word.
+    person lives. Codes are averaged over the tokens of the surname, which is what follows the name's first word. All
+    bearers of a surname are in one part: a latent that knows a surname would tell the class of a person met before.
 
     Args:
         source: A folder that `save_to_disk` wrote, a .jsonl or .parquet file, or an id on the hub.
@@ -182,22 +218,34 @@ def load_surnames(source: str, texts: int = TEXTS) -> TextSet:
         FileNotFoundError: If there is no such folder or file, or the hub does not give it out.
         ValueError: If a row lacks a field or its name, or fewer than two classes have enough texts.
     """
-    examples: list[Example] = []
+    taken = _Taken()
     for number, row in enumerate(open_rows(source), start=1):
-        where = f"{source}, row {number}"
-        text, name = text_of(row, "text", where), text_of(row, "name", where).strip()
-        start = text.rfind(name)
-        first, _, surname = name.partition(" ")
-        if start < 0 or not surname:
-            raise ValueError(
-                f"A row must have its name of two words or more in its text; {where} has {name!r}. Remove the row."
-            )
-        end = start + len(name)
-        span = (start + len(first) + 1, end)
-        examples.append(Example(text[:end], label_of(_field(row, "class", where), where), span))
+        example = taken.read(_surname, row, f"{source}, row {number}")
+        if example is not None:
+            taken.examples.append(example)
         if number >= MOST_ROWS:
             break
-    return make_text_set(Path(source).stem, examples, per_class=PER_CLASS, total=texts)
+    name = printable(Path(source).stem)
+    return make_text_set(name, taken.examples, per_class=PER_CLASS, total=texts, blank=taken.blank)
+
+
+def _surname(row: Row, where: str) -> Example:
+    text, name = _text(row, "text", where), text_of(row, "name", where).strip()
+    start = text.rfind(name)
+    first, _, surname = name.partition(" ")
+    if start < 0 or not surname.strip():
+        raise ValueError(
+            f"A row must have its name of two words or more in its text; {where} has {name[:60]!r}. Remove the row."
+        )
+    end = start + len(name)
+    span = (start + len(first) + 1, end)
+    return Example(text[:end], label_of(_field(row, "class", where), where), span, _family(surname))
+
+
+def _family(surname: str) -> str:
+    """Return the last word, so that those of one family are together with whatever middle names and particles."""
+    words = surname.casefold().split()
+    return next((word for word in reversed(words) if word.strip(".,") not in _SUFFIXES), words[-1])
 
 
 def open_rows(source: str, *, config: str | None = None, data_files: str | None = None) -> Iterable[Row]:
@@ -211,7 +259,33 @@ def open_rows(source: str, *, config: str | None = None, data_files: str | None 
 
     Raises:
         FileNotFoundError: If it cannot be opened.
+        ValueError: If a row cannot be read, once rows are asked for.
     """
+    return _to_the_end(_opened(source, config, data_files), source)
+
+
+def _to_the_end(rows: Iterable[Row], source: str) -> Iterator[Row]:
+    number, stream = 0, iter(rows)
+    while True:
+        try:
+            row = next(stream)
+        except StopIteration:
+            return
+        # Files in any format, from any server: what reads them shares no narrower base.
+        except Exception as error:
+            raise ValueError(
+                f"Data to probe with must be readable row by row; {source} is not behind row {number:,} "
+                f"({_reason(error)}). Check the network or the copy, and try again."
+            ) from error
+        number += 1
+        yield row
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
+
+
+def _opened(source: str, config: str | None, data_files: str | None) -> Iterable[Row]:
     from datasets import load_dataset, load_from_disk
 
     path = Path(source).expanduser()
@@ -227,8 +301,7 @@ def open_rows(source: str, *, config: str | None = None, data_files: str | None 
         return load_dataset(str(path) if path.is_dir() else source, name=config, split="train", streaming=True)
     # The hub's client and the libraries beneath it share no narrower base.
     except Exception as error:
-        reason = " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
         raise FileNotFoundError(
             f"Data to probe with must be a local copy or a data set that the hub gives out; {source} cannot be opened "
-            f"({reason}). Check the name and the network, or give NAME=FOLDER, a local copy."
+            f"({_reason(error)}). Check the name and the network, or give NAME=FOLDER, a local copy."
         ) from error

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from mxd.atomic import write_bytes_atomically
 from mxd.evaluation.drawing import INK, MUTED, add_legend, figure, kind_style, png
+from mxd.printable import printable
 from mxd.probing.collecting import HIDDEN, RESIDUAL
-from mxd.probing.results import CHANCE, ProbeRow, Probing, SetResult
+from mxd.probing.results import CHANCE, ProbeRow, Probing, SetResult, number_of_classes
 from mxd.probing.tables import features_name
 from mxd.probing.token_codes import TOKEN_IDENTITY
 
@@ -16,6 +17,12 @@ if TYPE_CHECKING:
     import matplotlib.axes
 
 ROW_INCHES = 0.36
+MOST_CLASSES = 100
+"""Classes that are drawn, of each set those with the most examples: a picture has a largest size."""
+LONGEST_LABEL = 48
+"""Characters of a class's name."""
+LONGEST_NAME = 60
+"""Characters of a set's name that a file's name has: file systems take 255 bytes."""
 SPREAD = 0.62
 """Share of a row's height over which its dots are spread."""
 _BASELINES = {HIDDEN: "o", RESIDUAL: "s", TOKEN_IDENTITY: "x"}
@@ -24,7 +31,8 @@ _BASELINES = {HIDDEN: "o", RESIDUAL: "s", TOKEN_IDENTITY: "x"}
 class _Line(NamedTuple):
     label: str
     rows: Sequence[ProbeRow]
-    is_mean: bool
+    classes: int = 1
+    """More than one where it is their mean."""
 
 
 def draw_probing(probing: Probing, folder: Path) -> list[Path]:
@@ -34,21 +42,35 @@ def draw_probing(probing: Probing, folder: Path) -> list[Path]:
         The files: `probing-texts.png` and `probing-<data>.png`.
     """
     drawn: list[Path] = []
+    taken = {"texts"}
     if probing.texts:
         what = f"{sum(result.parts[2] for result in probing.texts):,} test texts"
         drawn.append(_draw(probing.texts, folder / "probing-texts.png", "Which latents tell what a text is", what))
     for result in probing.tokens:
-        slug = re.sub(r"[^\w.-]+", "-", result.data).strip("-.") or "documents"
-        name = f"probing-{slug}.png" if slug != "texts" else "probing-texts-tokens.png"
+        slug = _file_name(result.data, taken)
         title = "Which single latents name a concept"
-        drawn.append(_draw([result], folder / name, title, f"{result.data}, {result.parts[2]:,} test tokens"))
+        what = f"{_label(result.data)}, {result.parts[2]:,} test tokens"
+        drawn.append(_draw([result], folder / f"probing-{slug}.png", title, what))
     return drawn
+
+
+def _file_name(data: str, taken: set[str]) -> str:
+    """Return a name for a file that no other set has, on no file system, and add it to those taken."""
+    slug = first = re.sub(r"[^\w.-]+", "-", data)[:LONGEST_NAME].strip("-.") or "documents"
+    number = 1
+    while slug.casefold() in taken:
+        number += 1
+        slug = f"{first}-{number}"
+    taken.add(slug.casefold())
+    return slug
 
 
 def _draw(results: Sequence[SetResult], path: Path, title: str, what: str) -> Path:
     layers = sorted({row.layer for result in results for row in result.rows if row.layer is not None})
-    subtitle = f"F1 on the test part of the best single feature, 95 % intervals · {what}".rstrip(" ·")
     lines = _lines(results)
+    left_out = sum(len(result.examples) for result in results) - len(lines) + 1
+    what += f" · {left_out:,} classes with fewer examples are not drawn" if left_out else ""
+    subtitle = f"F1 on the test part of the best single feature, 95 % intervals · {what}".rstrip(" ·")
     with figure(
         max(8.6, 4.6 * len(layers) + 1.6), ROW_INCHES * len(lines) + 0.6, title=title, subtitle=subtitle, legend=True
     ) as drawing:
@@ -65,15 +87,26 @@ def _draw(results: Sequence[SetResult], path: Path, title: str, what: str) -> Pa
 def _lines(results: Sequence[SetResult]) -> list[_Line]:
     """Return the rows of the picture, from the bottom: classes by how well they are told, and their mean on top."""
     lines = [
-        _Line(concept if len(results) == 1 else f"{result.data}: {concept}", _single(result, concept), False)
+        _Line(_label(concept if len(results) == 1 else f"{result.data}: {concept}"), _single(result, concept))
         for result in results
-        for concept in result.examples
+        for concept in _most_frequent(result, max(1, MOST_CLASSES // len(results)))
     ]
     if len(results) == 1:
         lines.sort(key=lambda line: max((row.quality.f1 for row in line.rows if row.features != CHANCE), default=0.0))
     else:
         lines.reverse()
-    return [*lines, _Line("mean", [row for line in lines for row in line.rows], True)]
+    rows = [row for result in results for concept in result.examples for row in _single(result, concept)]
+    return [*lines, _Line("mean", rows, sum(len(result.examples) for result in results))]
+
+
+def _most_frequent(result: SetResult, count: int) -> list[str]:
+    frequent = set(sorted(result.examples, key=lambda concept: -result.examples[concept])[:count])
+    return [concept for concept in result.examples if concept in frequent]
+
+
+def _label(text: str) -> str:
+    label = printable(text)
+    return label if len(label) <= LONGEST_LABEL else f"{label[: LONGEST_LABEL - 1]}…"
 
 
 def _single(result: SetResult, concept: str) -> list[ProbeRow]:
@@ -116,9 +149,9 @@ def _draw_series(
         if not rows:
             continue
         # A class that no feature tells has no row, and counts as 0.
-        xs.append(sum(row.quality.f1 for row in rows) / (len(lines) - 1 if line.is_mean else 1))
+        xs.append(sum(row.quality.f1 for row in rows) / number_of_classes(name, rows, line.classes))
         ys.append(height + offset)
-        interval = None if line.is_mean else rows[0].quality.f1_interval
+        interval = rows[0].quality.f1_interval if line is not lines[-1] else None
         if interval is not None and not is_baseline:
             panel.plot(interval, [height + offset] * 2, color=colour, lw=0.9, alpha=0.55, solid_capstyle="butt")
     face = colour if filled and not is_baseline else "white"

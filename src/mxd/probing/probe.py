@@ -13,7 +13,17 @@ from mxd.evaluation.opening import load_run_model, read_finished_run
 from mxd.evaluation.students import TrainedStudent, load_students
 from mxd.models import LanguageModel
 from mxd.probing.collecting import Probed, Report, say_nothing
-from mxd.probing.examples import PART_SHARES, TEXTS, TOKEN_SHARES, TOKENS, ProbingSet, TextSet
+from mxd.probing.examples import (
+    PART_SHARES,
+    TEXTS,
+    TOKEN_SHARES,
+    TOKENS,
+    ProbingSet,
+    TextSet,
+    check_texts,
+    check_tokens,
+)
+from mxd.probing.hub_sets import HUB_SETS
 from mxd.probing.results import NamedLatent, Probing, SetResult
 from mxd.probing.sources import default_data, open_data, parse_data
 from mxd.probing.text_probes import SEED, probe_texts
@@ -42,14 +52,18 @@ def probe_run(
         report: Is told how far it is.
 
     Raises:
-        ValueError: If the run has not finished or has no layers, or the data cannot be used.
+        ValueError: If the run has not finished or has no layers, or the data cannot be used, or two sets have one name.
         FileNotFoundError: If data that is named is not there.
     """
+    check_texts(texts)
+    check_tokens(tokens)
     description = read_finished_run(run)
     names = parse_data(data or default_data(description["config"]["text"]))
+    _check_names([name.name for name in names if name.name in HUB_SETS])
     # All that can be refused is refused before the model runs.
     chosen = load_students(run, description["students"], students)
     sets = [open_data(name, texts) for name in names]
+    _check_names([data.name for data in sets])
     language_model = load_run_model(run, description, device)
     return probe(
         _probed(language_model, description, chosen),
@@ -99,6 +113,15 @@ def probe(
                     named[student][latent.latent] = latent
     ordered = {student: [latents[number] for number in sorted(latents)] for student, latents in named.items()}
     return Probing(facts=facts, identity=identity, texts=texts, tokens=documents, named=ordered if documents else {})
+
+
+def _check_names(names: Sequence[str]) -> None:
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(
+            f"Each set of data must have a name of its own, by which results call it; {', '.join(twice)} would be of "
+            "two. Name each once, or rename a file."
+        )
 
 
 def _probed(

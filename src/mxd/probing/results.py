@@ -12,6 +12,7 @@ from jaxtyping import Bool, Int
 
 from mxd.atomic import JSON, write_text_atomically
 from mxd.probing import PROBING_FILE, VERSION
+from mxd.probing.collecting import HIDDEN, RESIDUAL
 from mxd.probing.examples import Skipped
 from mxd.probing.statistics import Quality, Verdict, judge
 
@@ -91,6 +92,15 @@ class NamedLatent(NamedTuple):
     """Share of all tokens on which it fires."""
 
 
+def number_of_classes(features: str, found: Sequence[object], classes: int) -> int:
+    """Return over how many classes a mean is: all, as a class that no latent tells has no row and counts as 0.
+
+    A dense layer, of which not all tokens are kept where they are many, has no row for a concept of too few of them;
+    its mean is over those found.
+    """
+    return len(found) if features.partition("/")[2] in (HIDDEN, RESIDUAL) else classes
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SetResult:
     """What was found on one data set."""
@@ -111,6 +121,9 @@ class SetResult:
     """The results."""
     documents: int | None = None
     """Number of documents that the tokens are from."""
+    test_groups: Mapping[str, int] = field(default_factory=dict[str, int])
+    """How many documents of the test part, or texts or groups of texts, hold each class: with fewer than five of them
+    there is no interval."""
 
     def to_json(self) -> dict[str, JSON]:
         """Return it as the file has it."""
@@ -122,13 +135,14 @@ class SetResult:
             "examples": dict(self.examples),
             "skipped": [skip._asdict() for skip in self.skipped],
             "left_out": dict(self.left_out),
+            "test_groups": dict(self.test_groups),
             "rows": [row.to_json() for row in self.rows],
         }
 
     def mean_f1(self, features: str, k: int | None) -> float | None:
-        """Return the mean F1 over classes, 0 for one that no feature tells; None where there is no such probe."""
+        """Return the mean F1 over classes, 0 for one that no latent tells; None where there is no such probe."""
         found = [row.quality.f1 for row in self.rows if (row.features, row.k) == (features, k)]
-        return math.fsum(found) / len(self.examples) if found else None
+        return math.fsum(found) / number_of_classes(features, found, len(self.examples)) if found else None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -158,7 +172,10 @@ class Probing:
                 "students": {
                     name: {
                         "latents": [
-                            {key: _finite(value) for key, value in latent._asdict().items()} for latent in latents
+                            # All digits of the threshold: rounded, it may lie above a value that reaches it.
+                            {key: _finite(value) for key, value in latent._asdict().items()}
+                            | {"threshold": latent.threshold}
+                            for latent in latents
                         ]
                     }
                     for name, latents in self.named.items()

@@ -8,6 +8,7 @@ from mxd.bundled import held_out_modules
 from mxd.data.holdout import is_held_out
 from mxd.data.stdlib import stdlib_modules
 from mxd.data.text import STDLIB
+from mxd.printable import printable
 from mxd.probing.examples import TEXTS, ProbingSet, SpanSet, labelled_by
 from mxd.probing.files import read_labelled_file
 from mxd.probing.hub_sets import HUB_SETS, SURNAMES, load_hub_set, load_surnames
@@ -99,16 +100,17 @@ def _standard_library() -> SpanSet:
 
 
 def _python_below(place: Path) -> SpanSet:
-    paths = sorted(place.rglob("*.py")) if place.is_dir() else [place] if place.is_file() else []
+    below = place.rglob("*.py") if place.is_dir() else [place]
+    paths = sorted(path for path in below if path.is_file())
     if not paths:
         raise FileNotFoundError(f"{PYTHON}=PATH must name a .py file or a folder with some; {place} has none.")
     texts: list[str] = []
     for path in paths:
         try:
-            texts.append(path.read_text(encoding="utf-8"))
+            texts.append(path.read_text(encoding="utf-8-sig"))
         except UnicodeDecodeError as error:
             raise ValueError(f"Python source must be UTF-8; {path} is not. Convert it or leave it out.") from error
-    return labelled_by(place.stem or PYTHON, texts, python_spans)
+    return labelled_by(printable(place.stem) or PYTHON, texts, python_spans)
 
 
 def _known() -> str:

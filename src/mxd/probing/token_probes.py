@@ -14,10 +14,10 @@ from jaxtyping import Bool, Float, Int
 from mxd.evaluation.drawing import kind_of
 from mxd.probing.collecting import Probed, Report, say_nothing
 from mxd.probing.dense_units import best_units
-from mxd.probing.examples import LEAST_IN_PART, Parts, Skipped, SpanSet
+from mxd.probing.examples import LEAST_IN_PART, Parts, SpanSet
 from mxd.probing.fitting import Scale, fit_probe
 from mxd.probing.results import KEPT_LATENTS, KS, NamedLatent, ProbeRow, SetResult, chance_row
-from mxd.probing.statistics import Verdict, judge
+from mxd.probing.statistics import Verdict, groups_with, judge
 from mxd.probing.thresholds import SortedEntries, average_precisions, best_thresholds, count
 from mxd.probing.token_codes import (
     TOKEN_IDENTITY,
@@ -25,6 +25,7 @@ from mxd.probing.token_codes import (
     LabelledTokens,
     TokenCodes,
     collect_tokens,
+    have_enough,
 )
 
 LEAST_FIRINGS = 10
@@ -55,13 +56,6 @@ class _Choice(NamedTuple):
     verdict: Verdict
 
 
-class _Named(NamedTuple):
-    """How well every latent tells every concept on the validation part."""
-
-    thresholds: Float[np.ndarray, "concepts num_latents"]
-    f1: Float[np.ndarray, "concepts num_latents"]
-
-
 def probe_tokens(probed: Probed, data: SpanSet, num_tokens: int, report: Report = say_nothing) -> TokenResult:
     """Find the latents that name the concepts of labelled documents, and how well they and dense layers tell them.
 
@@ -75,75 +69,92 @@ def probe_tokens(probed: Probed, data: SpanSet, num_tokens: int, report: Report 
         ValueError: If there are too few documents, or no concept has enough tokens.
     """
     tokens = collect_tokens(probed, data, num_tokens, report)
-    in_parts = np.stack([tokens.labels[part].sum(axis=0) for part in tokens.parts])
-    sizes = np.array([[len(part)] for part in tokens.parts])
-    enough = np.all((in_parts >= LEAST_IN_PART) & (sizes - in_parts >= LEAST_IN_PART), axis=0)
-    if not enough.any():
+    if not tokens.concepts:
         raise ValueError(
             f"A concept to probe for must have {LEAST_IN_PART} tokens in each of the parts for training, validation "
             f"and test; of {data.name} none has. Give more documents, or ask for more --tokens."
         )
-    numbers = np.flatnonzero(enough)
-    found: dict[int, list[ProbeRow]] = {int(number): [] for number in numbers}
+    numbers = range(len(tokens.concepts))
+    found: list[list[ProbeRow]] = [[] for _ in numbers]
     named: dict[str, list[NamedLatent]] = {}
     total = len(tokens.codes) + len(tokens.dense)
     for place, codes in enumerate(tokens.codes):
-        worth = _worth(codes, tokens, numbers)
-        for row, number in enumerate(numbers):
-            found[int(number)] += _judged(
-                tokens, int(number), list(_choose_among_latents(codes, tokens, int(number), worth, row))
-            )
+        best = _Best(codes, tokens)
+        for number in numbers:
+            worth = best.look(number)
+            found[number] += _judged(tokens, number, list(_choose_among_latents(codes, tokens, number, worth)))
         if codes.name != TOKEN_IDENTITY:
-            named[codes.name] = _named_latents(codes, tokens, numbers, worth, data.name)
+            named[codes.name] = _named_latents(codes, tokens, best, data.name)
         report(f"Probing {data.name}", place + 1, total)
     for place, dense in enumerate(tokens.dense):
-        for number, choice in zip(numbers, _choose_among_units(dense, tokens, numbers), strict=True):
-            found[int(number)] += _judged(tokens, int(number), choice)
+        for number, choice in _choose_among_units(dense, tokens):
+            found[number] += _judged(tokens, number, choice)
         report(f"Probing {data.name}", len(tokens.codes) + place + 1, total)
-    rows = [row for number in numbers for row in (*found[int(number)], _chance(tokens, int(number)))]
     counts = tokens.labels.sum(axis=0)
+    test = tokens.parts.test
     result = SetResult(
         data=data.name,
-        examples={tokens.concepts[number]: int(counts[number]) for number in numbers},
+        examples={concept: int(count) for concept, count in zip(tokens.concepts, counts, strict=True)},
         total=len(tokens.labels),
         parts=[len(part) for part in tokens.parts],
-        skipped=[
-            Skipped(concept, int(counts[number]), LEAST_IN_PART * len(tokens.parts))
-            for number, concept in enumerate(tokens.concepts)
-            if number not in numbers
-        ],
+        skipped=tokens.skipped,
         left_out={"duplicates": tokens.duplicates, "documents that could not be labelled": tokens.unlabelled},
-        rows=rows,
+        rows=[row for number in numbers for row in (*found[number], _chance(tokens, number))],
         documents=int(tokens.documents[-1]) + 1,
+        test_groups={
+            concept: groups_with(tokens.labels[test, number], tokens.groups[test])
+            for number, concept in enumerate(tokens.concepts)
+        },
     )
     return TokenResult(result, named)
 
 
-def _worth(codes: TokenCodes, tokens: LabelledTokens, numbers: Int[np.ndarray, " probed"]) -> _Named:
-    train, validation = codes.entries(tokens.parts.train), codes.entries(tokens.parts.validation)
-    fires = np.bincount(train.latents, minlength=train.num_latents) >= LEAST_FIRINGS
-    labels = tokens.labels[tokens.parts.validation]
-    thresholds = np.empty((len(numbers), train.num_latents), dtype=np.float32)
-    f1 = np.zeros_like(thresholds)
-    for row, number in enumerate(numbers):
-        best = best_thresholds(train, tokens.labels[tokens.parts.train, number])
-        thresholds[row] = best.values
-        concept = np.full(train.num_latents, number)
-        f1[row] = np.where(fires, count(validation, labels, concept, thresholds[row]).f1, 0)
-    return _Named(thresholds, f1)
+class _Worth(NamedTuple):
+    """How well every latent tells one concept."""
+
+    thresholds: Float[np.ndarray, " num_latents"]
+    """Chosen on the training part."""
+    f1: Float[np.ndarray, " num_latents"]
+    """On the validation part; 0 for a latent that fires too rarely to name anything."""
 
 
-def _choose_among_latents(
-    codes: TokenCodes, tokens: LabelledTokens, number: int, worth: _Named, row: int
-) -> Iterator[_Choice]:
-    order = np.argsort(-worth.f1[row], kind="stable")[: max(KS)]
-    ranked = order[worth.f1[row][order] > 0]
+class _Best:
+    """Which concept each latent tells best, of those looked at one after the other: nothing is kept for each pair."""
+
+    def __init__(self, codes: TokenCodes, tokens: LabelledTokens) -> None:
+        self._tokens = tokens
+        self._train, self._validation = codes.entries(tokens.parts.train), codes.entries(tokens.parts.validation)
+        self._fires = np.bincount(self._train.latents, minlength=codes.num_latents) >= LEAST_FIRINGS
+        self.concepts = np.zeros(codes.num_latents, dtype=np.int64)
+        self.skill = np.full(codes.num_latents, -np.inf)
+        self.f1 = np.zeros(codes.num_latents, dtype=np.float32)
+        self.thresholds = np.full(codes.num_latents, np.inf, dtype=np.float32)
+
+    def look(self, number: int) -> _Worth:
+        """Look at a concept, and return how well each latent tells it."""
+        train, validation = self._tokens.parts[:2]
+        labels = self._tokens.labels[validation]
+        thresholds = best_thresholds(self._train, self._tokens.labels[train, number]).values.astype(np.float32)
+        concept = np.full(len(thresholds), number)
+        f1 = np.where(self._fires, count(self._validation, labels, concept, thresholds).f1, 0).astype(np.float32)
+        # A frequent concept is told well by saying yes to everything, which names nothing.
+        share = labels[:, number].mean()
+        always = 2 * share / (1 + share)
+        skill = (f1 - always) / (1 - always)
+        better = skill > self.skill
+        for kept, new in ((self.skill, skill), (self.f1, f1), (self.thresholds, thresholds), (self.concepts, concept)):
+            kept[better] = new[better]
+        return _Worth(thresholds, f1)
+
+
+def _choose_among_latents(codes: TokenCodes, tokens: LabelledTokens, number: int, worth: _Worth) -> Iterator[_Choice]:
+    order = np.argsort(-worth.f1, kind="stable")[: max(KS)]
+    ranked = order[worth.f1[order] > 0]
     if not len(ranked):
         return
     test = tokens.parts.test
     scores = np.asarray(codes.values[:, [ranked[0]]].toarray()).ravel()[test]
-    threshold = worth.thresholds[row, ranked[0]]
-    verdict = Verdict(tokens.labels[test, number], scores >= threshold, scores)
+    verdict = Verdict(tokens.labels[test, number], scores >= worth.thresholds[ranked[0]], scores)
     yield _Choice(codes.name, 1, [int(ranked[0])], test, verdict)
     columns = np.asarray(codes.values[:, ranked].toarray(), dtype=np.float64)
     for k in KS[1:]:
@@ -151,21 +162,24 @@ def _choose_among_latents(
         yield _Choice(codes.name, k, ranked[:k].tolist(), test, verdict)
 
 
-def _choose_among_units(
-    dense: DenseTokens, tokens: LabelledTokens, numbers: Int[np.ndarray, " probed"]
-) -> Iterator[list[_Choice]]:
+def _choose_among_units(dense: DenseTokens, tokens: LabelledTokens) -> Iterator[tuple[int, list[_Choice]]]:
     # The kept tokens are numbered anew, in each part.
     parts = Parts(*(np.flatnonzero(np.isin(dense.tokens, part, assume_unique=True)) for part in tokens.parts))
-    labels = tokens.labels[dense.tokens][:, numbers]
+    labels = tokens.labels[dense.tokens]
+    # Where not all tokens are kept, too few of a concept may be.
+    numbers = np.flatnonzero(have_enough(labels, parts))
     test = dense.tokens[parts.test]
-    for column, unit in enumerate(best_units(dense.values, labels, parts)):
-        positive = labels[:, column]
+    for number, unit in zip(numbers.tolist(), best_units(dense.values, labels[:, numbers], parts), strict=True):
+        positive = labels[:, number]
         scores = unit.sign * dense.values[parts.test, unit.number]
         verdict = Verdict(positive[parts.test], scores >= unit.threshold, scores)
-        yield [
-            _Choice(dense.name, 1, [unit.number], test, verdict),
-            _Choice(dense.name, None, [], test, _regress(dense.values, parts, positive)),
-        ]
+        yield (
+            number,
+            [
+                _Choice(dense.name, 1, [unit.number], test, verdict),
+                _Choice(dense.name, None, [], test, _regress(dense.values, parts, positive)),
+            ],
+        )
 
 
 def _regress(
@@ -200,36 +214,27 @@ def _sample(train: Int[np.ndarray, " part"], positive: Bool[np.ndarray, " part"]
     return np.sort(np.concatenate([some, others]))
 
 
-def _named_latents(
-    codes: TokenCodes, tokens: LabelledTokens, numbers: Int[np.ndarray, " probed"], worth: _Named, data: str
-) -> list[NamedLatent]:
-    # A frequent concept is told well by saying yes to everything, which names nothing.
-    shares = tokens.labels[tokens.parts.validation][:, numbers].mean(axis=0)
-    always = 2 * shares / (1 + shares)
-    skills = (worth.f1 - always[:, None]) / (1 - always[:, None])
-    rows = skills.argmax(axis=0)
-    places = np.arange(skills.shape[1])
-    skill, validated, thresholds = skills[rows, places], worth.f1[rows, places], worth.thresholds[rows, places]
+def _named_latents(codes: TokenCodes, tokens: LabelledTokens, best: _Best, data: str) -> list[NamedLatent]:
     test = codes.entries(tokens.parts.test)
     labels = tokens.labels[tokens.parts.test]
-    counts = count(test, labels, numbers[rows], thresholds)
-    precisions = average_precisions(test, labels, numbers[rows])
+    counts = count(test, labels, best.concepts, best.thresholds)
+    precisions = average_precisions(test, labels, best.concepts)
     rates = np.bincount(codes.values.indices, minlength=codes.num_latents) / len(tokens.labels)
     return [
         NamedLatent(
             latent=int(latent),
             data=data,
-            concept=tokens.concepts[numbers[rows[latent]]],
-            threshold=float(thresholds[latent]),
-            f1_validation=float(validated[latent]),
-            skill_validation=float(skill[latent]),
+            concept=tokens.concepts[best.concepts[latent]],
+            threshold=float(best.thresholds[latent]),
+            f1_validation=float(best.f1[latent]),
+            skill_validation=float(best.skill[latent]),
             f1=float(counts.f1[latent]),
             precision=float(counts.hits[latent] / max(counts.said[latent], 1)),
             recall=float(counts.hits[latent] / max(counts.positives[latent], 1)),
             average_precision=float(precisions[latent]),
             firing_rate=float(rates[latent]),
         )
-        for latent in np.flatnonzero(skill >= LEAST_SKILL)
+        for latent in np.flatnonzero(best.skill >= LEAST_SKILL)
     ]
 
 
@@ -238,7 +243,7 @@ def _judged(tokens: LabelledTokens, number: int, choices: Sequence[_Choice]) -> 
     if not choices:
         return []
     layer, _, name = choices[0].features.rpartition("/")
-    documents = tokens.documents[choices[0].tokens]
+    together = tokens.groups[choices[0].tokens]
     return [
         ProbeRow(
             concept=tokens.concepts[number],
@@ -249,10 +254,10 @@ def _judged(tokens: LabelledTokens, number: int, choices: Sequence[_Choice]) -> 
             latents=list(choice.latents)[:KEPT_LATENTS],
             quality=quality,
         )
-        for choice, quality in zip(choices, judge([choice.verdict for choice in choices], documents), strict=True)
+        for choice, quality in zip(choices, judge([choice.verdict for choice in choices], together), strict=True)
     ]
 
 
 def _chance(tokens: LabelledTokens, number: int) -> ProbeRow:
     test = tokens.parts.test
-    return chance_row(tokens.labels[test, number], tokens.concepts[number], tokens.documents[test])
+    return chance_row(tokens.labels[test, number], tokens.concepts[number], tokens.groups[test])
