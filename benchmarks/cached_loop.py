@@ -161,7 +161,7 @@ def main(options: Options) -> None:
     alone = steps_alone(clock.last["student's step"])
     rows += [{"part": part, "ms a batch": 1000 * seconds, "share": ""} for part, seconds in alone.items()]
     print_table(rows, f"Training from a cache, {plan.steps} batches of 4,096 tokens")
-    title = f"What a batch from a cache takes: width {WIDTH}, float32, {plan.steps} batches"
+    title = f"What a batch from a cache takes: width {WIDTH}, products in bfloat16, {plan.steps} batches"
     write_report(options.name, title, rows, described, {"prefetch": plan.resources.prefetch})
 
 

@@ -1,6 +1,6 @@
 """A certified Newton step on MNIST by logistic regression, and the privacy-utility bound against what is measured.
 
-    python benchmarks/privacy_certificate.py --data ../shared/data/images/mnist
+    python benchmarks/privacy_certificate.py --data FOLDER
 
 The features are the first principal components of the retained training images' pixels in [0, 1] (mean taken off,
 nothing whitened): `raw` as they are, `unit` scaled to length 1 image by image. 100 training images, drawn with seed

@@ -1,6 +1,6 @@
 """What each bound says after one, two, … Newton steps on MNIST, against the true distance to the minimiser.
 
-    python benchmarks/privacy_certificate_steps.py --data ../shared/data/images/mnist
+    python benchmarks/privacy_certificate_steps.py --data FOLDER
 
 The model, data and words are those of privacy_certificate.py (`raw`), at one λ and θ. All steps but the last are
 damped.

@@ -89,7 +89,7 @@ def main(options: Options) -> None:
             browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=list(ARGUMENTS))
             for scheme, width, pictures in (
                 ("light", 1180, {"map": 760, "latent": 900, "text": 760, "steer": 860}),
-                ("dark", 1180, {"run": 900, "map": 760}),
+                ("dark", 1180, {"run": 900}),
                 ("dark", 390, {"latent": 844}),
             ):
                 page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)

@@ -27,7 +27,7 @@ from tests.tiny_run import Settings, TinyRun, assert_refused, command, copied, t
 
 EXPERTS = (1024, 2048, 4096, 8192, 16_384, 32_768, 65_536)
 GRIDS: dict[str, dict[str, object]] = {
-    # papers.md 1.9: "ReLU vs GELU vs Swish-GLU"; the issue adds SiLU alone.
+    # The paper has ReLU, GELU and Swish-GLU; SiLU without a gate is ours.
     "activation": {"kind": ("mxd",), "activation": ("relu", "gelu", "silu"), "encoder": ("mlp", "glu")},
     "rank": {"kind": ("mxd", "low-rank")},
     "experts": {"kind": ("mxd",), "num_latents": EXPERTS},

@@ -83,20 +83,21 @@ def pretrain_from(recipe: str | None) -> Callable[..., None]:
 def show_pretraining_recipes() -> None:
     """Print a table of all recipes."""
     table = Table(box=None, pad_edge=False)
-    for heading in ("recipe", "model", "data", "MLPs", "experts"):
-        table.add_column(heading, no_wrap=True)
+    for heading in ("recipe", "model", "data", "experts"):
+        # A name that is cut could not be typed: where a terminal is narrow, the data goes on in the next line.
+        table.add_column(heading, no_wrap=heading != "data", overflow="fold")
     for name in RECIPES:
         config = find_recipe(name)
         if isinstance(config, LanguageConfig):
             model, data = (
                 f"GPT-2, {config.num_layers} × {config.d_model}",
-                f"{' '.join(config.text)}, {config.tokens:,}",
+                f"{' '.join(config.text)}, {config.tokens:,} tokens",
             )
         else:
             model = f"MLP-Mixer, {config.mixer.num_blocks} × {config.mixer.d_model}"
-            data = f"{config.images}, {config.epochs:g} epochs"
-        experts = "" if config.mlp.kind == "dense" else " × ".join(map(str, config.mlp.num_experts))
-        table.add_row(name, model, data, config.mlp.kind, experts)
+            data = f"{config.images}, {config.epochs:g} epoch{'' if config.epochs == 1 else 's'}"
+        experts = [] if config.mlp.kind == "dense" else [" × ".join(map(str, config.mlp.num_experts))]
+        table.add_row(name, model, data, " ".join([*experts, config.mlp.kind]))
     console = Console(markup=False, highlight=False)
     console.print(table)
     console.print("Every option given beside --recipe replaces the recipe's value; add --help to see them all.")
