@@ -14,11 +14,14 @@ from mxd.checkpoint import edits_digest
 from mxd.runs.run import CONFIGURATION_FILE, FINISHED_FILE, exclusive
 
 DATABASE_FILE = "explorer.sqlite"
-VERSION = 2
+VERSION = 3
 """Of the tables and what their texts mean: raise it when they change."""
 
 _APPLICATION = 0x6D786445
 """Marks a SQLite file as the explorer's: "mxdE"."""
+
+# json.dumps would make an encoder for each of the many short lists.
+_compact = json.JSONEncoder(separators=(",", ":")).encode
 
 _TABLES = """
 CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
@@ -34,7 +37,9 @@ CREATE TABLE latents (
   nearest TEXT NOT NULL, company TEXT NOT NULL,
   PRIMARY KEY (student, latent)
 );
-CREATE TABLE contexts (number INTEGER PRIMARY KEY, tokens TEXT NOT NULL, text TEXT NOT NULL);
+CREATE TABLE contexts (
+  number INTEGER PRIMARY KEY, tokens TEXT NOT NULL, text TEXT NOT NULL, pieces TEXT NOT NULL
+);
 CREATE TABLE tokens (id INTEGER PRIMARY KEY, text TEXT NOT NULL, occurrences INTEGER NOT NULL);
 CREATE TABLE peaks (
   student INTEGER NOT NULL, context INTEGER NOT NULL, latent INTEGER NOT NULL, position INTEGER NOT NULL,
@@ -83,6 +88,32 @@ class LatentRow(NamedTuple):
     suppressed: JSON
     nearest: JSON
     company: JSON
+
+
+class ContextRow(NamedTuple):
+    """A row of the table of contexts."""
+
+    number: int
+    tokens: str
+    """Its tokens, separated by spaces."""
+    text: str
+    """What they join to."""
+    pieces: str
+    """A JSON object: what tokens are here that are something else alone, by their positions."""
+
+    @classmethod
+    def of(cls, number: int, ids: Sequence[int], pieces: Sequence[str], alone: Sequence[str]) -> "ContextRow":
+        """Return the row of a context.
+
+        Args:
+            number: Its number.
+            ids: Its tokens.
+            pieces: What each of them adds to the text.
+            alone: What each token of the vocabulary is alone.
+        """
+        pairs = zip(pieces, map(alone.__getitem__, ids), strict=True)
+        own = {place: piece for place, (piece, other) in enumerate(pairs) if piece != other}
+        return cls(number, " ".join(map(str, ids)), "".join(pieces), json.dumps(own))
 
 
 class Peak(NamedTuple):
@@ -209,6 +240,11 @@ def write_student(connection: sqlite3.Connection, number: int, name: str, facts:
     connection.execute("INSERT INTO students VALUES (?, ?, ?, ?)", row)
 
 
+def write_contexts(connection: sqlite3.Connection, rows: Iterable[ContextRow]) -> None:
+    """Store the text."""
+    connection.executemany("INSERT INTO contexts VALUES (?, ?, ?, ?)", rows)
+
+
 def write_latents(
     connection: sqlite3.Connection,
     rows: Iterable[LatentRow],
@@ -262,7 +298,7 @@ def read_labels(connection: sqlite3.Connection, student: str) -> list[Label]:
 
 def _encoded(row: LatentRow) -> Sequence[object]:
     return [
-        value if value is None or isinstance(value, int | float | str) else json.dumps(value, separators=(",", ":"))
+        value if value is None or isinstance(value, int | float | str) else _compact(value) if value else "[]"
         for value in row
     ]
 

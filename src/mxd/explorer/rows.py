@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Shaped, UInt16
+from jaxtyping import Float, Int, Shaped, UInt16
 from torch import Tensor
 
 from mxd.atomic import JSON
@@ -29,26 +29,57 @@ MISSING = 65535
 """Stands for no number in `map_data`."""
 
 
-class Directions(NamedTuple):
-    """What the latents of a layer write."""
+class Written(NamedTuple):
+    """What a latent writes; nothing where it never fires."""
 
-    lengths: Float[Tensor, " num_latents"]
-    """Lengths of their mean atoms; 0 for those that never fire."""
+    nearest: list[tuple[int, float]]
+    """The latents whose mean atoms point the same way, with the cosines."""
+    promoted: list[tuple[int, float]]
+    """The tokens whose logits it raises most, and by how much."""
+    suppressed: list[tuple[int, float]]
+    """The tokens whose logits it lowers most, and by how much."""
+
+
+class Directions(NamedTuple):
+    """What the latents of a layer write. Only those that fire have rows."""
+
+    latents: Int[Tensor, " rows"]
+    """The latent of each row, in ascending order."""
     neighbours: Neighbours
-    """Which write alike."""
+    """Which rows write alike."""
     promoted: Promoted
     """Tokens they promote."""
     suppressed: Promoted
     """Tokens they suppress."""
 
+    def of(self, first: int, last: int) -> list[Written]:
+        """Return what the latents from `first` to below `last` write."""
+        begin, end = torch.searchsorted(self.latents, torch.tensor([first, last])).tolist()
+        others = self.latents[self.neighbours.latents[begin:end]]
+        columns = zip(
+            _pairs(others, self.neighbours.cosines[begin:end]),
+            *(_pairs(side.tokens[begin:end], side.effects[begin:end]) for side in (self.promoted, self.suppressed)),
+            strict=True,
+        )
+        found = {latent: Written(*lists) for latent, lists in zip(self.latents[begin:end].tolist(), columns, strict=True)}
+        return [found.get(latent, Written([], [], [])) for latent in range(first, last)]
+
 
 def directions_of(atoms: Float[Tensor, "num_latents d_out"], logits: LogitMap) -> Directions:
-    """Return what latents with these mean atoms write."""
-    blocks = list(logits.extremes(atoms, LISTED))
+    """Return what latents with these mean atoms write; an atom is 0 where its latent never fires."""
+    # On a short text most latents of a wide layer are silent, and each would be compared with each.
+    latents = atoms.any(1).nonzero().squeeze(1)
+    written = atoms[latents]
+    blocks = list(logits.extremes(written, LISTED))
     promoted, suppressed = (
         Promoted(*(torch.cat(column) for column in zip(*side, strict=True))) for side in zip(*blocks, strict=True)
     )
-    return Directions(torch.linalg.vector_norm(atoms, dim=1), nearest(atoms, LISTED), promoted, suppressed)
+    return Directions(latents, nearest(written, LISTED), promoted, suppressed)
+
+
+def _pairs(numbers: Int[Tensor, "rows listed"], values: Float[Tensor, "rows listed"]) -> list[list[tuple[int, float]]]:
+    rows = zip(numbers.tolist(), values.tolist(), strict=True)
+    return [list(zip(row, map(_short, strengths), strict=True)) for row, strengths in rows]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,8 +103,9 @@ class BlockRows:
         text: TextTokens,
     ) -> None:
         self._student, self._entries, self._profiles = student, entries, profiles
-        self._statistics, self._directions, self._text = statistics, directions, text
+        self._statistics, self._text = statistics, text
         self._size = len(entries.starts) - 1
+        self._written = directions.of(entries.first, entries.first + self._size)
         self._examples = list(self._chosen_examples())
         self._cells = self._values_around()
 
@@ -87,7 +119,7 @@ class BlockRows:
         counts = self._entries.counts.tolist()
         for owner in range(self._size):
             latent = self._entries.first + owner
-            firings, fires = counts[owner], counts[owner] > 0
+            firings, written = counts[owner], self._written[owner]
             yield LatentRow(
                 student=self._student,
                 latent=latent,
@@ -97,15 +129,15 @@ class BlockRows:
                 maximum=_short(float(statistics.maxima[latent])),
                 p99=_short(float(profiles.quantiles[owner, -1])),
                 specialisation=_number(float(profiles.specialisation[owner])),
-                distinctness=self._distinctness(latent),
+                distinctness=_short(1 - written.nearest[0][1]) if written.nearest else None,
                 quantiles=[_short(value) for value in profiles.quantiles[owner].tolist()],
                 histogram=profiles.histograms[owner].tolist(),
                 positions=profiles.positions[owner].tolist(),
                 examples=[self._shown(place) for place in examples[owner]],
                 fires_on=_listed(profiles.tokens, fires_on[owner]),
-                promoted=_promoted(self._directions.promoted, latent) if fires else [],
-                suppressed=_promoted(self._directions.suppressed, latent) if fires else [],
-                nearest=self._nearest(latent) if fires else [],
+                promoted=written.promoted,
+                suppressed=written.suppressed,
+                nearest=written.nearest,
                 company=_listed(profiles.company, company[owner]),
             )
 
@@ -124,9 +156,8 @@ class BlockRows:
         ):
             share = count / max(int(self._entries.counts[owner]), 1)
             yield TokenLatent(self._student, token, "fires on", self._entries.first + owner, _short(share))
-        for owner in np.flatnonzero(self._entries.counts).tolist():
-            latent = self._entries.first + owner
-            for token, effect in _promoted(self._directions.promoted, latent):
+        for latent, written in enumerate(self._written, start=self._entries.first):
+            for token, effect in written.promoted:
                 yield TokenLatent(self._student, token, "promotes", latent, effect)
 
     def _chosen_examples(self) -> Iterator[_Example]:
@@ -159,7 +190,7 @@ class BlockRows:
         first, last = (np.searchsorted(keys, owners + np.array(ends, dtype=np.int64)) for ends in _columns(windows))
         places, values = self._entries.places, self._entries.values
         return [
-            [(int(places[n]) - start, _short(float(values[n]))) for n in range(low, high)]
+            list(zip((places[low:high] - start).tolist(), map(_short, values[low:high].tolist()), strict=True))
             for (start, _), low, high in zip(windows, first.tolist(), last.tolist(), strict=True)
         ]
 
@@ -180,15 +211,6 @@ class BlockRows:
             "value": _short(example.value),
             "cells": self._cells[number],
         }
-
-    def _nearest(self, latent: int) -> list[tuple[int, float]]:
-        neighbours, lengths = self._directions.neighbours, self._directions.lengths
-        pairs = zip(neighbours.latents[latent].tolist(), neighbours.cosines[latent].tolist(), strict=True)
-        return [(other, _short(cosine)) for other, cosine in pairs if lengths[other] > 0]
-
-    def _distinctness(self, latent: int) -> float | None:
-        found = self._nearest(latent) if self._directions.lengths[latent] > 0 else []
-        return _short(1 - found[0][1]) if found else None
 
 
 def student_facts(student: TrainedStudent, statistics: LatentStatistics) -> JSON:
@@ -254,11 +276,6 @@ def _grouped(size: int, owners: Sequence[int]) -> list[list[int]]:
 
 def _listed(ranked: Ranked, chosen: Sequence[int]) -> list[tuple[int, float, float]]:
     return [(int(ranked.items[n]), _short(float(ranked.counts[n])), _short(float(ranked.scores[n]))) for n in chosen]
-
-
-def _promoted(promoted: Promoted, latent: int) -> list[tuple[int, float]]:
-    pairs = zip(promoted.tokens[latent].tolist(), promoted.effects[latent].tolist(), strict=True)
-    return [(token, _short(effect)) for token, effect in pairs]
 
 
 def _short(value: float) -> float:
