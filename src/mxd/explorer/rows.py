@@ -3,7 +3,6 @@
 import base64
 import sqlite3
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -79,11 +78,10 @@ def directions_of(atoms: Float[Tensor, "num_latents d_out"], logits: LogitMap) -
 
 def _pairs(numbers: Int[Tensor, "rows listed"], values: Float[Tensor, "rows listed"]) -> list[list[tuple[int, float]]]:
     rows = zip(numbers.tolist(), values.tolist(), strict=True)
-    return [list(zip(row, map(_short, strengths), strict=True)) for row, strengths in rows]
+    return [list(zip(row, _shortened(strengths), strict=True)) for row, strengths in rows]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Example:
+class _Example(NamedTuple):
     owner: int
     place: int
     value: float
@@ -107,16 +105,20 @@ class BlockRows:
         self._size = len(entries.starts) - 1
         self._written = directions.of(entries.first, entries.first + self._size)
         self._examples = list(self._chosen_examples())
+        self._windows = [self._window(example.place) for example in self._examples]
         self._cells = self._values_around()
+        self._values = _shortened([example.value for example in self._examples])
 
     def latents(self) -> Iterator[LatentRow]:
         """Yield a row for each latent."""
         profiles, statistics = self._profiles, self._statistics
         examples = _grouped(self._size, [example.owner for example in self._examples])
-        fires_on, company = (
-            _grouped(self._size, ranked.owners.tolist()) for ranked in (profiles.tokens, profiles.company)
-        )
+        fires_on, company = (_lists(self._size, ranked) for ranked in (profiles.tokens, profiles.company))
         counts = self._entries.counts.tolist()
+        here = slice(self._entries.first, self._entries.first + self._size)
+        means = _shortened((statistics.sums[here] / statistics.firings[here].clamp_min(1)).tolist())
+        maxima = _shortened(statistics.maxima[here].tolist())
+        quantiles = list(map(_shortened, profiles.quantiles.tolist()))
         for owner in range(self._size):
             latent = self._entries.first + owner
             firings, written = counts[owner], self._written[owner]
@@ -125,20 +127,20 @@ class BlockRows:
                 latent=latent,
                 firings=firings,
                 rate=firings / max(statistics.num_tokens, 1),
-                mean=_short(float(statistics.sums[latent]) / max(firings, 1)),
-                maximum=_short(float(statistics.maxima[latent])),
-                p99=_short(float(profiles.quantiles[owner, -1])),
+                mean=means[owner],
+                maximum=maxima[owner],
+                p99=quantiles[owner][-1],
                 specialisation=_number(float(profiles.specialisation[owner])),
                 distinctness=_short(1 - written.nearest[0][1]) if written.nearest else None,
-                quantiles=[_short(value) for value in profiles.quantiles[owner].tolist()],
+                quantiles=quantiles[owner],
                 histogram=profiles.histograms[owner].tolist(),
                 positions=profiles.positions[owner].tolist(),
                 examples=[self._shown(place) for place in examples[owner]],
-                fires_on=_listed(profiles.tokens, fires_on[owner]),
+                fires_on=fires_on[owner],
                 promoted=written.promoted,
                 suppressed=written.suppressed,
                 nearest=written.nearest,
-                company=_listed(profiles.company, company[owner]),
+                company=company[owner],
             )
 
     def peaks(self) -> Iterator[Peak]:
@@ -151,11 +153,10 @@ class BlockRows:
     def tokens(self) -> Iterator[TokenLatent]:
         """Yield the tokens by which each latent is found."""
         ranked = self._profiles.tokens
-        for owner, token, count in zip(
-            ranked.owners.tolist(), ranked.items.tolist(), ranked.counts.tolist(), strict=True
-        ):
-            share = count / max(int(self._entries.counts[owner]), 1)
-            yield TokenLatent(self._student, token, "fires on", self._entries.first + owner, _short(share))
+        shares = _shortened((ranked.counts / np.maximum(self._entries.counts, 1)[ranked.owners]).tolist())
+        latents = (ranked.owners + self._entries.first).tolist()
+        for token, latent, share in zip(ranked.items.tolist(), latents, shares, strict=True):
+            yield TokenLatent(self._student, token, "fires on", latent, share)
         for latent, written in enumerate(self._written, start=self._entries.first):
             for token, effect in written.promoted:
                 yield TokenLatent(self._student, token, "promotes", latent, effect)
@@ -185,13 +186,12 @@ class BlockRows:
         """Return, for each example, where in its window the latent fires and how strongly."""
         size = len(self._text.ids)
         keys = self._entries.owners * size + self._entries.places
-        windows = [self._window(example.place) for example in self._examples]
         owners = np.array([example.owner for example in self._examples], dtype=np.int64) * size
-        first, last = (np.searchsorted(keys, owners + np.array(ends, dtype=np.int64)) for ends in _columns(windows))
+        first, last = (np.searchsorted(keys, owners + np.array(ends, dtype=np.int64)) for ends in _columns(self._windows))
         places, values = self._entries.places, self._entries.values
         return [
-            list(zip((places[low:high] - start).tolist(), map(_short, values[low:high].tolist()), strict=True))
-            for (start, _), low, high in zip(windows, first.tolist(), last.tolist(), strict=True)
+            list(zip((places[low:high] - start).tolist(), _shortened(values[low:high].tolist()), strict=True))
+            for (start, _), low, high in zip(self._windows, first.tolist(), last.tolist(), strict=True)
         ]
 
     def _window(self, place: int) -> tuple[int, int]:
@@ -200,7 +200,7 @@ class BlockRows:
 
     def _shown(self, number: int) -> JSON:
         example = self._examples[number]
-        start, stop = self._window(example.place)
+        start, stop = self._windows[number]
         context, first = divmod(start, self._text.context)
         return {
             "group": example.group,
@@ -208,7 +208,7 @@ class BlockRows:
             "first": first,
             "length": stop - start,
             "peak": example.place - start,
-            "value": _short(example.value),
+            "value": self._values[number],
             "cells": self._cells[number],
         }
 
@@ -274,13 +274,22 @@ def _grouped(size: int, owners: Sequence[int]) -> list[list[int]]:
     return groups
 
 
-def _listed(ranked: Ranked, chosen: Sequence[int]) -> list[tuple[int, float, float]]:
-    return [(int(ranked.items[n]), _short(float(ranked.counts[n])), _short(float(ranked.scores[n]))) for n in chosen]
+def _lists(size: int, ranked: Ranked) -> list[list[tuple[int, float, float]]]:
+    """Return the things of each owner, with how often and what they are ranked by."""
+    counts, scores = (_shortened(column.tolist()) for column in (ranked.counts, ranked.scores))
+    lists: list[list[tuple[int, float, float]]] = [[] for _ in range(size)]
+    for owner, item, count, score in zip(ranked.owners.tolist(), ranked.items.tolist(), counts, scores, strict=True):
+        lists[owner].append((item, count, score))
+    return lists
+
+
+def _shortened(values: Sequence[float]) -> list[float]:
+    """Return numbers to four digits: more would be noise, and fill the database."""
+    return [float(f"{value:.4g}") for value in values]
 
 
 def _short(value: float) -> float:
-    """Return a number to four digits: more would be noise, and fill the database."""
-    return float(f"{value:.4g}")
+    return _shortened((value,))[0]
 
 
 def _number(value: float) -> float | None:
