@@ -62,7 +62,7 @@ def token_pieces(tokenizer: Tokenizer, sequences: Iterable[Sequence[int]]) -> It
     Tokens are decoded behind another one, as many tokenizers take away the space with which a text begins:
     SentencePiece would give "the" for both "the" and " the". Where tokens end words by a suffix (`</w>`), the space
     belongs to the token with which the word ends. A character of several tokens is the piece of the last of them, and
-    the others have an empty one; what the end of the sequence leaves incomplete is U+FFFD, as decoding has it.
+    the others have an empty one; what the ends of the sequence leave incomplete is U+FFFD, as decoding has it.
 
     Args:
         tokenizer: Turns tokens into text.
@@ -70,20 +70,24 @@ def token_pieces(tokenizer: Tokenizer, sequences: Iterable[Sequence[int]]) -> It
     """
     decoded = _decoding(tokenizer)
     # Decoding takes a hundred times as long as looking up.
-    alone: dict[int, str] = {}
+    kept: dict[int, str] = {}
+
+    def alone(token: int) -> str:
+        if token not in kept:
+            kept[token] = decoded((token,))
+        return kept[token]
+
     for ids in sequences:
         pieces: list[str] = []
-        begun = 0
+        begun, waiting = 0, ""
         for number, token in enumerate(ids, start=1):
-            if begun < number - 1:
-                text = decoded(ids[begun:number])
-            elif token in alone:
-                text = alone[token]
-            else:
-                text = alone[token] = decoded((token,))
+            text = decoded(ids[begun:number]) if waiting else alone(token)
+            if waiting and not alone(token).startswith(_HALF_A_CHARACTER) and text == waiting + alone(token):
+                # What waited was no beginning of a character: the sequence may have begun within one.
+                pieces[-1], text, begun = waiting, alone(token), number - 1
             waits = text.endswith(_HALF_A_CHARACTER) and number < len(ids) and number - begun < _TOKENS_OF_A_CHARACTER
             pieces.append("" if waits else text)
-            begun = begun if waits else number
+            begun, waiting = (begun, text) if waits else (number, "")
         yield pieces
 
 

@@ -254,7 +254,9 @@ def _by_text(connection: sqlite3.Connection, student: int, query: str) -> "list[
             away = max(first - position, position - last, 0)
             if away > _FAR:
                 continue
-            found.append((away, -value, latent, "".join(pieces[max(position - 5, 0) : whole_end(pieces, position + 1)])))
+            found.append(
+                (away, -value, latent, "".join(pieces[max(position - 5, 0) : whole_end(pieces, position + 1)]))
+            )
     return [(latent, "context", text) for _, _, latent, text in sorted(found)]
 
 

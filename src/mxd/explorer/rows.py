@@ -60,7 +60,9 @@ class Directions(NamedTuple):
             *(_pairs(side.tokens[begin:end], side.effects[begin:end]) for side in (self.promoted, self.suppressed)),
             strict=True,
         )
-        found = {latent: Written(*lists) for latent, lists in zip(self.latents[begin:end].tolist(), columns, strict=True)}
+        found = {
+            latent: Written(*lists) for latent, lists in zip(self.latents[begin:end].tolist(), columns, strict=True)
+        }
         return [found.get(latent, Written([], [], [])) for latent in range(first, last)]
 
 
@@ -187,7 +189,9 @@ class BlockRows:
         size = len(self._text.ids)
         keys = self._entries.owners * size + self._entries.places
         owners = np.array([example.owner for example in self._examples], dtype=np.int64) * size
-        first, last = (np.searchsorted(keys, owners + np.array(ends, dtype=np.int64)) for ends in _columns(self._windows))
+        first, last = (
+            np.searchsorted(keys, owners + np.array(ends, dtype=np.int64)) for ends in _columns(self._windows)
+        )
         places, values = self._entries.places, self._entries.values
         return [
             list(zip((places[low:high] - start).tolist(), _shortened(values[low:high].tolist()), strict=True))
