@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from mxd.explorer.database import Label, write_label
 from mxd.explorer.export import export
+from mxd.explorer.labels import Label, write_label
 from mxd.explorer.rows import map_data
 from tests.chromium import NEEDED, SCRIPT, chromium, shoot, unbroken, visit, watched_page
 from tests.exploring import STUDENTS, Served, explored, library_of, served
@@ -186,6 +186,38 @@ def test_a_label_is_written_and_found(server: Served, page: "Page") -> None:
     page.fill("#query", "rivers &")
     page.wait_for_selector(".results b")
     assert page.locator(".results b").all_inner_texts() == ["rivers & <trees>"]
+
+
+def test_what_was_typed_and_not_saved_outlives_a_look_elsewhere(server: Served, page: "Page") -> None:
+    visit(page, f"{server.url}#/latent/{STUDENT}/6")
+    page.fill("#label", "half a tho")
+    page.fill("#note", "and why")
+    page.click("[data-key=next]")
+    page.wait_for_selector("h1 .tag:has-text('7')")
+    assert page.input_value("#label") == ""
+    page.go_back()
+    page.wait_for_selector("h1 .tag:has-text('6')")
+    assert (page.input_value("#label"), page.input_value("#note")) == ("half a tho", "and why")
+    assert page.inner_text("[role=status]") == "not saved yet"
+    page.fill("#label", "turns \u202e round")
+    page.click("form.label button")
+    page.wait_for_selector("text=saved in the database")
+    # A character that turns the direction of the text is shown and does not act.
+    assert "turns ‹202E› round" in page.inner_text("h1")
+
+
+def test_a_label_changed_elsewhere_is_told_and_kept(server: Served, hostile: Path, page: "Page") -> None:
+    visit(page, f"{server.url}#/latent/{STUDENT}/8")
+    write_label(hostile / "explorer.sqlite", Label(STUDENT, 8, "theirs", "", "2026-11-21"))
+    page.fill("#label", "mine")
+    page.click("form.label button")
+    page.wait_for_selector("[role=status]:has-text(\"changed elsewhere, to 'theirs'\")")
+    page.on("dialog", lambda dialog: dialog.accept())
+    visit(page, f"{server.url}#/latent/{STUDENT}/8")
+    assert page.input_value("#label") == "theirs"
+    for nothing in ("constructor", "__proto__"):
+        visit(page, f"{server.url}#/{nothing}/{STUDENT}")
+        assert f"There is no page {nothing}" in page.inner_text(".error")
 
 
 def test_a_typed_text_and_the_bench(server: Served, page: "Page") -> None:

@@ -18,15 +18,13 @@ from mxd.explorer import collect as collecting
 from mxd.explorer.code_store import CodeStore
 from mxd.explorer.collect import CollectConfig, collect
 from mxd.explorer.database import (
-    Label,
     identify_run,
     new_database,
-    read_labels,
     reading,
     require_database,
     write_facts,
-    write_label,
 )
+from mxd.explorer.labels import Label, read_labels, write_label
 from mxd.explorer.live import LiveModel
 from mxd.layers import SparseCode
 from mxd.models import mlp_pairs

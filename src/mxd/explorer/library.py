@@ -4,7 +4,7 @@ import itertools
 import json
 import re
 import sqlite3
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -15,10 +15,10 @@ from mxd.explorer.concepts import read_concepts
 from mxd.explorer.database import (
     RunIdentity,
     read_facts,
-    read_labels,
     reading,
     require_database,
 )
+from mxd.explorer.labels import read_labels
 
 FOUND_AT_MOST = 60
 """Latents that a search returns."""
