@@ -47,9 +47,13 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shown]:
     run = tmp_path_factory.mktemp("demo") / "demo-run"
     decompose(make_plan(replace(DEMO, tokens=TOKENS_TRAINED, threads=1)), run)
     handed: list[tuple[FastAPI, socket.socket]] = []
+
+    def take(app: FastAPI, bound: socket.socket) -> None:
+        handed.append((app, bound))
+
     with pytest.MonkeyPatch.context() as patch:
         # All but the loop that only Ctrl-C ends.
-        patch.setattr(serving_module, "serve", lambda app, bound: handed.append((app, bound)))
+        patch.setattr(serving_module, "serve", take)
         explore(run, CollectConfig(tokens=TOKENS_READ), port=18721)
     [(app, bound)] = handed
     with serving(app, bound) as server:
