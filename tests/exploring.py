@@ -3,6 +3,7 @@
 import http.client
 import json
 import shutil
+import socket
 import threading
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import uvicorn
+from fastapi import FastAPI
 
 from mxd.explorer.collect import CollectConfig, collect
 from mxd.explorer.database import identify_run
@@ -82,13 +84,18 @@ class Served(NamedTuple):
 def served(run: Path, students: Sequence[str] = STUDENTS) -> Generator[Served, None, None]:
     """Serve a run's database for as long as this is open."""
     bound = listen(18321)
-    port = int(bound.getsockname()[1])
-    app = make_app(library_of(run), LiveModel(run, students), port)
+    with serving(make_app(library_of(run), LiveModel(run, students), int(bound.getsockname()[1])), bound) as server:
+        yield server
+
+
+@contextmanager
+def serving(app: FastAPI, bound: socket.socket) -> Generator[Served, None, None]:
+    """Serve in a thread for as long as this is open."""
     server = uvicorn.Server(uvicorn.Config(app, log_level="error", access_log=False, lifespan="off"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
     thread.start()
     try:
-        yield Served(port)
+        yield Served(int(bound.getsockname()[1]))
     finally:
         server.should_exit = True
         thread.join(timeout=30)

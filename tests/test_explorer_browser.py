@@ -1,9 +1,6 @@
 """The pages in a real browser, from a server and from disk."""
 
-import importlib.util
 import json
-import os
-import shutil
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
@@ -12,38 +9,32 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from mxd.explorer.database import Label, write_label
 from mxd.explorer.export import export
+from mxd.explorer.labels import Label, write_label
 from mxd.explorer.rows import map_data
+from tests.chromium import NEEDED, SCRIPT, chromium, shoot, unbroken, visit, watched_page
 from tests.exploring import STUDENTS, Served, explored, library_of, served
 from tests.tiny_run import copied
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, ConsoleMessage, Page
+    from playwright.sync_api import Browser, Page
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-ARGUMENTS = (
-    *("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"),
-    *("--disable-sync", "--no-first-run"),
-)
-SCRIPT = "<script>document.title = 'broken'; window.broken = 1</script>"
 IMAGE = '<img src=x onerror="window.broken = 1">'
 STUDENT = STUDENTS[0]
 
-pytestmark = [
-    pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine's path"),
-    pytest.mark.skipif(importlib.util.find_spec("playwright") is None, reason="playwright is not installed"),
-]
+pytestmark = NEEDED
 
 
 @pytest.fixture(scope="module")
 def browser() -> "Iterator[Browser]":
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=list(ARGUMENTS))
+    with chromium() as opened:
         yield opened
-        opened.close()
+
+
+@pytest.fixture
+def page(browser: "Browser") -> "Iterator[Page]":
+    with watched_page(browser) as opened:
+        yield opened
 
 
 @pytest.fixture(scope="module")
@@ -70,47 +61,6 @@ def loudest(run: Path) -> int:
 def server(hostile: Path) -> Iterator[Served]:
     with served(hostile) as serving:
         yield serving
-
-
-@pytest.fixture
-def page(browser: "Browser", request: pytest.FixtureRequest) -> "Iterator[Page]":
-    context = browser.new_context(viewport={"width": 1280, "height": 860})
-    opened = context.new_page()
-    complaints: list[str] = []
-    opened.on("pageerror", lambda error: complaints.append(str(error)))
-    opened.on("console", lambda message: complaints.append(message.text) if _is_wrong(message) else None)
-    opened.on("request", lambda sent: complaints.append(sent.url) if _is_elsewhere(sent.url) else None)
-    yield opened
-    context.close()
-    assert not complaints, complaints
-
-
-def _is_elsewhere(url: str) -> bool:
-    return not url.startswith(("http://127.0.0.1:", "file:///", "data:,"))
-
-
-def _is_wrong(message: "ConsoleMessage") -> bool:
-    # The browser itself reports an answer that says what does not fit.
-    return message.type == "error" and "status of 400" not in message.text
-
-
-def visit(page: "Page", url: str) -> None:
-    page.goto("about:blank")
-    page.goto(url)
-    page.wait_for_selector("html[data-shown]")
-
-
-def shoot(page: "Page", name: str) -> None:
-    """Keep a picture where somebody asked for them: MXD_SCREENSHOTS names the folder."""
-    folder = os.environ.get("MXD_SCREENSHOTS")
-    if folder:
-        page.screenshot(path=f"{folder}/{name}.png", full_page=True)
-
-
-def unbroken(page: "Page") -> None:
-    assert page.evaluate("() => window.broken") is None
-    assert page.title().endswith("mxd explorer")
-    assert page.locator("main img, main script, main b b").count() == 0
 
 
 def test_scripts_in_tokens_labels_and_names_stay_text_on_every_page(
@@ -236,6 +186,38 @@ def test_a_label_is_written_and_found(server: Served, page: "Page") -> None:
     page.fill("#query", "rivers &")
     page.wait_for_selector(".results b")
     assert page.locator(".results b").all_inner_texts() == ["rivers & <trees>"]
+
+
+def test_what_was_typed_and_not_saved_outlives_a_look_elsewhere(server: Served, page: "Page") -> None:
+    visit(page, f"{server.url}#/latent/{STUDENT}/6")
+    page.fill("#label", "half a tho")
+    page.fill("#note", "and why")
+    page.click("[data-key=next]")
+    page.wait_for_selector("h1 .tag:has-text('7')")
+    assert page.input_value("#label") == ""
+    page.go_back()
+    page.wait_for_selector("h1 .tag:has-text('6')")
+    assert (page.input_value("#label"), page.input_value("#note")) == ("half a tho", "and why")
+    assert page.inner_text("[role=status]") == "not saved yet"
+    page.fill("#label", "turns \u202e round")
+    page.click("form.label button")
+    page.wait_for_selector("text=saved in the database")
+    # A character that turns the direction of the text is shown and does not act.
+    assert "turns ‹202E› round" in page.inner_text("h1")
+
+
+def test_a_label_changed_elsewhere_is_told_and_kept(server: Served, hostile: Path, page: "Page") -> None:
+    visit(page, f"{server.url}#/latent/{STUDENT}/8")
+    write_label(hostile / "explorer.sqlite", Label(STUDENT, 8, "theirs", "", "2026-11-21"))
+    page.fill("#label", "mine")
+    page.click("form.label button")
+    page.wait_for_selector("[role=status]:has-text(\"changed elsewhere, to 'theirs'\")")
+    page.on("dialog", lambda dialog: dialog.accept())
+    visit(page, f"{server.url}#/latent/{STUDENT}/8")
+    assert page.input_value("#label") == "theirs"
+    for nothing in ("constructor", "__proto__"):
+        visit(page, f"{server.url}#/{nothing}/{STUDENT}")
+        assert f"There is no page {nothing}" in page.inner_text(".error")
 
 
 def test_a_typed_text_and_the_bench(server: Served, page: "Page") -> None:

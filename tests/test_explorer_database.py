@@ -18,15 +18,13 @@ from mxd.explorer import collect as collecting
 from mxd.explorer.code_store import CodeStore
 from mxd.explorer.collect import CollectConfig, collect
 from mxd.explorer.database import (
-    Label,
     identify_run,
     new_database,
-    read_labels,
     reading,
     require_database,
     write_facts,
-    write_label,
 )
+from mxd.explorer.labels import Label, read_labels, write_label
 from mxd.explorer.live import LiveModel
 from mxd.layers import SparseCode
 from mxd.models import mlp_pairs
@@ -105,7 +103,7 @@ def test_labels_outlive_a_new_collection(run: Path, tmp_path: Path, mxd: Command
     with closing(sqlite3.connect(copy / "explorer.sqlite")) as connection:
         connection.execute("PRAGMA user_version=0")
     refused = mxd("explore", copy, "--no-serve")
-    assert_refused(refused, "explore", "version 2", "is of version 0", "--recollect")
+    assert_refused(refused, "explore", "version 3", "is of version 0", "--recollect")
     done = mxd("explore", copy, "--no-serve", "--recollect", "--student", STUDENTS[0], "--tokens", 128)
     assert done.status == 0
     with reading(copy / "explorer.sqlite") as connection:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from mxd.evaluation.collect import LatentStatistics
 from mxd.explorer.directions import INPUTS_KEPT, LogitMap, TopInputs, logit_map, nearest
+from mxd.explorer.rows import directions_of
 from mxd.layers import LAYERS, SparseLayer
 from mxd.layers.request import LayerRequest
 from mxd.models import load_language_model
@@ -56,6 +57,32 @@ def test_the_nearest_latents_have_the_largest_cosines() -> None:
         if latent != 3:
             assert found.latents[latent].tolist() == best.indices[:3].tolist()
     assert nearest(directions[:2], 3).latents.tolist() == [[1], [0]]
+    assert nearest(directions[:1], 3).latents.shape == (1, 0)
+    assert nearest(directions[:0], 3).latents.shape == (0, 0)
+
+
+@pytest.mark.parametrize("silent", [(), (0, 3, 8), tuple(range(1, 9)), tuple(range(9))])
+def test_only_latents_that_fire_are_compared_and_each_has_what_it_writes(silent: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(3)
+    atoms = torch.randn(9, 4, generator=generator)
+    atoms[list(silent)] = 0
+    logits = LogitMap(torch.randn(4, 4, generator=generator), torch.randn(30, 4, generator=generator))
+    found = directions_of(atoms, logits)
+    written = [*found.of(0, 4), *found.of(4, 9), *found.of(9, 9)]
+    effects = atoms @ logits.jacobian.T @ logits.unembedding.T
+    for latent in range(9):
+        if latent in silent:
+            assert written[latent] == ([], [], [])
+            continue
+        cosines = torch.nn.functional.cosine_similarity(atoms[latent][None], atoms, dim=1)
+        others = [n for n in range(9) if n not in (latent, *silent)]
+        expected = sorted(((n, cosines[n].item()) for n in others), key=lambda pair: -pair[1])
+        assert [n for n, _ in written[latent].nearest] == [n for n, _ in expected]
+        assert [c for _, c in written[latent].nearest] == pytest.approx([c for _, c in expected], rel=1e-3)
+        order = effects[latent].argsort(descending=True).tolist()
+        assert [token for token, _ in written[latent].promoted] == order[:10]
+        assert [token for token, _ in written[latent].suppressed] == order[::-1][:10]
+        assert written[latent].promoted[0][1] == pytest.approx(effects[latent].max().item(), rel=1e-3)
 
 
 def norm_jacobian(h: Tensor, weight: Tensor, eps: float, *, centred: bool) -> Tensor:

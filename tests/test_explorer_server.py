@@ -112,6 +112,8 @@ def test_a_forged_path_gets_nothing(server: Served) -> None:
         ("GET", f"/api/latent?student={STUDENT}&latent=99999999999999999999", None, 422, "latent does not fit"),
         ("PUT", "/api/label", {"student": STUDENT, "latent": 10**6, "label": "", "note": ""}, 404, "no latent"),
         ("PUT", "/api/label", {"student": STUDENT, "latent": 1, "label": "a" * 201, "note": ""}, 422, "label does not"),
+        ("PUT", "/api/label", {"student": STUDENT, "latent": 10**30, "label": "", "note": ""}, 422, "latent does not"),
+        ("PUT", "/api/label", {"student": STUDENT, "latent": 1, "label": "\ud800", "note": ""}, 422, "label does not"),
         ("POST", "/api/text", {"student": STUDENT, "text": ""}, 400, "at least one token"),
         ("POST", "/api/text", {"student": STUDENT, "text": "a " * 99}, 400, "context of 64 tokens; it has 199"),
         ("POST", "/api/text", {"student": "0/none", "text": "a"}, 400, "no student 0/none"),

@@ -2,7 +2,9 @@
 
 import json
 import sqlite3
+import threading
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,6 +17,7 @@ from mxd.evaluation.experts import expert_pages
 from mxd.evaluation.opening import open_run, read_finished_run
 from mxd.evaluation.students import load_students
 from mxd.explorer.collect import CollectConfig, collect
+from mxd.explorer.live import LiveModel, SteeringRequest
 from mxd.layers import SparseCode
 from mxd.models import mlp_pairs
 from mxd.steering import steer
@@ -22,6 +25,7 @@ from mxd.training.config import TrainConfig
 from mxd.training.decompose import decompose, make_plan
 from tests import tiny_model
 from tests.exploring import library_of, served
+from tests.tiny_run import change_json, copied
 
 STUDENT = "0/mxd-k4"
 
@@ -68,6 +72,33 @@ def test_tokens_and_contexts_of_the_database_have_their_spaces(run: Path) -> Non
     assert all("".join(example["tokens"]) in "".join(contexts) for example in listed)
 
 
+def test_a_character_of_several_tokens_is_whole_where_a_context_shows_it(run: Path, tmp_path: Path) -> None:
+    text, database = tmp_path / "party.txt", tmp_path / "party.sqlite"
+    text.write_text("the 🎉 cat sees 🎉🎉 in é\n\n" * 12, encoding="utf-8")
+    collect(run, database, CollectConfig(text=(str(text),), tokens=112), Console(quiet=True))
+    library = replace(library_of(run), database=database)
+    with closing(sqlite3.connect(database)) as connection:
+        contexts = dict(connection.execute("SELECT number, text FROM contexts").fetchall())
+        latents = [row[0] for row in connection.execute("SELECT latent FROM latents WHERE firings > 0")]
+    assert any("🎉 cat" in context for context in contexts.values())
+    # A context may begin and end within a character.
+    assert all("\ufffd" not in text.removeprefix(tiny_model.BOS).strip("\ufffd") for text in contexts.values())
+    shown = 0
+    for latent in latents:
+        for example in cast("list[dict[str, Any]]", library.latent(STUDENT, latent)["examples"]):
+            tokens = example["tokens"]
+            assert "".join(tokens) in contexts[example["context"]]
+            # Nothing, nothing, nothing, and all of it; none is cut in two by the end of what is shown.
+            assert not example["after"] or tokens[-1]
+            for place in [place for place, piece in enumerate(tokens) if piece == "🎉" and place >= 3]:
+                assert tokens[place - 3 : place] == ["", "", ""]
+                shown += 1
+    assert shown > 10
+    found = cast("list[dict[str, Any]]", library.search(STUDENT, "🎉 cat"))
+    assert {entry["why"] for entry in found} == {"context"}
+    assert all(any(entry["what"] in context for context in contexts.values()) for entry in found)
+
+
 def test_typed_text_and_the_first_piece_written_keep_their_spaces(run: Path) -> None:
     with served(run, (STUDENT,)) as server:
         typed = server.ask("POST", "/api/text", {"student": STUDENT, "text": "the red cat"}).json
@@ -86,6 +117,26 @@ def test_typed_text_and_the_first_piece_written_keep_their_spaces(run: Path) -> 
     whole, prompt = (str(tokenizer.decode(tokens)) for tokens in (out[0], ids[0]))
     assert prompt + text == whole
     assert pieces
+
+
+def test_what_is_written_is_apart_from_a_prompt_whose_tokens_end_words(run: Path, tmp_path: Path) -> None:
+    copied(run, tmp_path / "run")
+    model = copied(run.parent / "model", tmp_path / "model")
+    tokenizer = tiny_model.suffixed_tokenizer()
+    tokenizer.save_pretrained(model)
+    change_json(tmp_path / "run" / "run.json", lambda value: cast("Any", value["config"]).update(model=str(model)))
+    live = LiveModel(tmp_path / "run", [STUDENT])
+    tokens = cast("list[dict[str, Any]]", live.attribute(STUDENT, "the cats")["tokens"])
+    assert [token["text"] for token in tokens] == [tiny_model.BOS, "the ", "ca", "t", "s "]
+    written: list[str] = []
+    for prompt in ("the cat", "the cat "):
+        request = SteeringRequest(STUDENT, prompt, (), "replaced", 4, 0.0, 0)
+        pieces = list(live.continuations(request, threading.Event()))
+        sides = ["".join(str(p.get("text", "")) for p in pieces if p["side"] == side) for side in ("beside", "steered")]
+        assert sides[0] == sides[1]
+        written.append(prompt + sides[0])
+    assert written[0] == written[1]
+    assert len(written[0]) > len("the cat ")
 
 
 @torch.no_grad()

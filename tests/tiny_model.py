@@ -74,6 +74,25 @@ def spaced_tokenizer() -> hf.PreTrainedTokenizerFast:
     return hf.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD)
 
 
+def suffixed_tokenizer(*, bytewise: bool = False) -> hf.PreTrainedTokenizerFast:
+    """Return a tokenizer in which `</w>` ends words, for the same models: in GPT-1's way, or of bytes in CLIP's."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet()) if bytewise else [*"abcdehirstx.", "é"]
+    vocabulary = ["<unk>", "ca", "cat</w>", "th", "the</w>", *letters, *(f"{letter}</w>" for letter in letters)]
+    model = BPE(
+        vocab={token: number for number, token in enumerate(vocabulary)},
+        merges=[("c", "a"), ("ca", "t</w>"), ("t", "h"), ("th", "e</w>")],
+        unk_token="<unk>",
+        end_of_word_suffix="</w>",
+    )
+    tokenizer = Tokenizer(model)
+    bytes_of = [pre_tokenizers.ByteLevel(add_prefix_space=False)] if bytewise else []
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), *bytes_of])
+    tokenizer.decoder = decoders.ByteLevel() if bytewise else decoders.BPEDecoder(suffix="</w>")
+    return hf.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD, unk_token="<unk>"
+    )
+
+
 def _tokenizer() -> hf.PreTrainedTokenizerFast:
     # ByteLevel's alphabet comes in an order of its own; sorted, it is the same everywhere.
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

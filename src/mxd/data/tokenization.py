@@ -4,7 +4,7 @@ import itertools
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, cast
@@ -24,7 +24,8 @@ else:
 CACHE_FORMAT = 2
 """Part of every key of the cache: raise it when the same documents come to give other tokens."""
 
-DOCUMENTS_AT_ONCE = 256
+DOCUMENTS_AT_ONCE = (8, 16, 32, 64, 128, 256)
+"""Documents that are tokenised together; few at first, as little of a text may be all that is wanted."""
 
 _HALF_A_CHARACTER = "\ufffd"
 _TOKENS_OF_A_CHARACTER = 16
@@ -59,29 +60,58 @@ def token_pieces(tokenizer: Tokenizer, sequences: Iterable[Sequence[int]]) -> It
     """Yield what each token of some sequences adds to the text; the pieces of a sequence join to its text.
 
     Tokens are decoded behind another one, as many tokenizers take away the space with which a text begins:
-    SentencePiece would give "the" for both "the" and " the". A character of several tokens is the piece of the last of
-    them, and the others have an empty one; what the end of the sequence leaves incomplete is U+FFFD, as decoding has
-    it.
+    SentencePiece would give "the" for both "the" and " the". Where tokens end words by a suffix (`</w>`), the space
+    belongs to the token with which the word ends. A character of several tokens is the piece of the last of them, and
+    the others have an empty one; what the ends of the sequence leave incomplete is U+FFFD, as decoding has it.
 
     Args:
         tokenizer: Turns tokens into text.
         sequences: Tokens, special ones too, that may begin and end within a text.
     """
-    anchor = tokenizer.encode("a", add_special_tokens=False)[-1:]
+    decoded = _decoding(tokenizer)
+    # Decoding takes a hundred times as long as looking up.
+    kept: dict[int, str] = {}
+
+    def alone(token: int) -> str:
+        if token not in kept:
+            kept[token] = decoded((token,))
+        return kept[token]
+
+    for ids in sequences:
+        pieces: list[str] = []
+        begun, waiting = 0, ""
+        for number, token in enumerate(ids, start=1):
+            text = decoded(ids[begun:number]) if waiting else alone(token)
+            if waiting and not alone(token).startswith(_HALF_A_CHARACTER) and text == waiting + alone(token):
+                # What waited was no beginning of a character: the sequence may have begun within one.
+                pieces[-1], text, begun = waiting, alone(token), number - 1
+            waits = text.endswith(_HALF_A_CHARACTER) and number < len(ids) and number - begun < _TOKENS_OF_A_CHARACTER
+            pieces.append("" if waits else text)
+            begun, waiting = (begun, text) if waits else (number, "")
+        yield pieces
+
+
+def _decoding(tokenizer: Tokenizer) -> Callable[[Sequence[int]], str]:
+    """Return what turns tokens into the text that they add to one that has begun."""
+    word_end = _word_end(tokenizer)
+    anchor = [] if word_end else tokenizer.encode("a", add_special_tokens=False)[-1:]
 
     def decoded(ids: Sequence[int]) -> str:
         return str(tokenizer.decode([*anchor, *ids], clean_up_tokenization_spaces=False))
 
+    def with_word_ends(ids: Sequence[int]) -> str:
+        # Decoders take away the last suffix, and some leave all of them to be read as text.
+        text = decoded(ids).removesuffix(word_end).replace(word_end, " ")
+        return f"{text} " if str(tokenizer.convert_ids_to_tokens(ids[-1])).endswith(word_end) else text
+
     skipped = len(decoded(()))
-    for ids in sequences:
-        pieces: list[str] = []
-        begun = 0
-        for number in range(1, len(ids) + 1):
-            text = decoded(ids[begun:number])[skipped:]
-            waits = text.endswith(_HALF_A_CHARACTER) and number < len(ids) and number - begun < _TOKENS_OF_A_CHARACTER
-            pieces.append("" if waits else text)
-            begun = begun if waits else number
-        yield pieces
+    return with_word_ends if word_end else lambda ids: decoded(ids)[skipped:]
+
+
+def _word_end(tokenizer: Tokenizer) -> str:
+    """Return what tokens have at their end that end a word; nothing where words are told apart otherwise."""
+    model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+    return str(getattr(model, "end_of_word_suffix", None) or "")
 
 
 class EncodedDocument(NamedTuple):
@@ -101,7 +131,7 @@ def encoded_documents(
     A BOS or EOS with which a pre-tokenised document begins or ends is dropped, as packing adds its own.
 
     Args:
-        documents: What to tokenise; read a few hundred ahead.
+        documents: What to tokenise; read some ahead, a few hundred at last.
         tokenizer: Turns text into tokens; may be None where all documents have ids.
         vocab_size: Size of the model's vocabulary.
 
@@ -111,7 +141,8 @@ def encoded_documents(
     documents = iter(documents)
     separator = separator_token(tokenizer)
     end = [] if separator is None else [separator]
-    while batch := list(itertools.islice(documents, DOCUMENTS_AT_ONCE)):
+    sizes = itertools.chain(DOCUMENTS_AT_ONCE, itertools.repeat(DOCUMENTS_AT_ONCE[-1]))
+    while batch := list(itertools.islice(documents, next(sizes))):
         for document, ids in zip(batch, _encode(batch, tokenizer), strict=True):
             check_vocabulary(max(ids, default=0), vocab_size)
             yield EncodedDocument(document.row, np.array([*ids, *end], dtype=np.uint32))

@@ -32,7 +32,15 @@ from mxd.evaluation.opening import load_run_model, read_finished_run
 from mxd.evaluation.record import EVALUATION_FILE, read_record
 from mxd.evaluation.students import TrainedStudent, load_students
 from mxd.explorer.code_store import BYTES_AN_ENTRY, CodeStore
-from mxd.explorer.database import identify_run, new_database, write_facts, write_latents, write_student
+from mxd.explorer.database import (
+    ContextRow,
+    identify_run,
+    new_database,
+    write_contexts,
+    write_facts,
+    write_latents,
+    write_student,
+)
 from mxd.explorer.directions import INPUTS_KEPT, LogitMap, TopInputs, logit_map
 from mxd.explorer.profiles import TextTokens, latents_at_once, profile
 from mxd.explorer.rows import BlockRows, directions_of, map_data, student_facts
@@ -194,15 +202,15 @@ class _Collection:
         return TextTokens(self._contexts.flatten().numpy(), self._contexts.shape[1], occurrences.numpy())
 
     def _write_text(self, connection: sqlite3.Connection, text: TextTokens) -> None:
-        alone = token_pieces(self._tokenizer, ([token] for token in range(len(text.occurrences))))
-        pieces = [piece for [piece] in alone]
-        rows = zip(range(len(pieces)), pieces, text.occurrences.tolist(), strict=True)
-        connection.executemany("INSERT INTO tokens VALUES (?, ?, ?)", rows)
-        contexts = (
-            (number, " ".join(map(str, ids)), "".join(pieces[token] for token in ids))
-            for number, ids in enumerate(_rows(self._contexts))
+        size = len(text.occurrences)
+        spelt = token_pieces(
+            self._tokenizer, itertools.chain(([token] for token in range(size)), _rows(self._contexts))
         )
-        connection.executemany("INSERT INTO contexts VALUES (?, ?, ?)", contexts)
+        alone = [piece for [piece] in itertools.islice(spelt, size)]
+        rows = zip(range(size), alone, text.occurrences.tolist(), strict=True)
+        connection.executemany("INSERT INTO tokens VALUES (?, ?, ?)", rows)
+        contexts = zip(_rows(self._contexts), spelt, strict=True)
+        write_contexts(connection, (ContextRow.of(n, ids, pieces, alone) for n, (ids, pieces) in enumerate(contexts)))
 
     def _write_student(
         self, connection: sqlite3.Connection, gatherer: _Gatherer, text: TextTokens, logits: LogitMap, console: Console

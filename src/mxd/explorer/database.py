@@ -5,20 +5,24 @@ import json
 import os
 import sqlite3
 from collections.abc import Generator, Iterable, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from mxd.atomic import JSON, partial_path, sync_file, sync_folder
 from mxd.checkpoint import edits_digest
+from mxd.explorer.labels import changing
 from mxd.runs.run import CONFIGURATION_FILE, FINISHED_FILE, exclusive
 
 DATABASE_FILE = "explorer.sqlite"
-VERSION = 2
+VERSION = 3
 """Of the tables and what their texts mean: raise it when they change."""
 
 _APPLICATION = 0x6D786445
 """Marks a SQLite file as the explorer's: "mxdE"."""
+
+# json.dumps would make an encoder for each of the many short lists.
+_compact = json.JSONEncoder(separators=(",", ":")).encode
 
 _TABLES = """
 CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
@@ -34,7 +38,9 @@ CREATE TABLE latents (
   nearest TEXT NOT NULL, company TEXT NOT NULL,
   PRIMARY KEY (student, latent)
 );
-CREATE TABLE contexts (number INTEGER PRIMARY KEY, tokens TEXT NOT NULL, text TEXT NOT NULL);
+CREATE TABLE contexts (
+  number INTEGER PRIMARY KEY, tokens TEXT NOT NULL, text TEXT NOT NULL, pieces TEXT NOT NULL
+);
 CREATE TABLE tokens (id INTEGER PRIMARY KEY, text TEXT NOT NULL, occurrences INTEGER NOT NULL);
 CREATE TABLE peaks (
   student INTEGER NOT NULL, context INTEGER NOT NULL, latent INTEGER NOT NULL, position INTEGER NOT NULL,
@@ -85,6 +91,32 @@ class LatentRow(NamedTuple):
     company: JSON
 
 
+class ContextRow(NamedTuple):
+    """A row of the table of contexts."""
+
+    number: int
+    tokens: str
+    """Its tokens, separated by spaces."""
+    text: str
+    """What they join to."""
+    pieces: str
+    """A JSON object: what tokens are here that are something else alone, by their positions."""
+
+    @classmethod
+    def of(cls, number: int, ids: Sequence[int], pieces: Sequence[str], alone: Sequence[str]) -> "ContextRow":
+        """Return the row of a context.
+
+        Args:
+            number: Its number.
+            ids: Its tokens.
+            pieces: What each of them adds to the text.
+            alone: What each token of the vocabulary is alone.
+        """
+        pairs = zip(pieces, map(alone.__getitem__, ids), strict=True)
+        own = {place: piece for place, (piece, other) in enumerate(pairs) if piece != other}
+        return cls(number, " ".join(map(str, ids)), "".join(pieces), json.dumps(own))
+
+
 class Peak(NamedTuple):
     """One of the strongest activations of a latent, to be found by its context."""
 
@@ -103,16 +135,6 @@ class TokenLatent(NamedTuple):
     relation: str
     latent: int
     strength: float
-
-
-class Label(NamedTuple):
-    """What a person wrote about a latent."""
-
-    student: str
-    latent: int
-    label: str
-    note: str
-    changed: str
 
 
 def identify_run(run: Path) -> RunIdentity:
@@ -144,25 +166,42 @@ def new_database(path: Path, run: RunIdentity) -> Generator[sqlite3.Connection, 
         labels = _labels_to_keep(path, run) if path.exists() else []
         partial.unlink(missing_ok=True)
         try:
-            with closing(sqlite3.connect(partial)) as connection:
-                # A half-written file is thrown away as a whole.
-                connection.executescript("PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF;" + _TABLES)
+            with closing(_unsafe(partial)) as connection:
+                connection.executescript(_TABLES)
                 connection.execute(f"PRAGMA application_id={_APPLICATION}")
                 connection.execute(f"PRAGMA user_version={VERSION}")
                 facts = [("run", run.name), ("digest", run.digest), ("edits", run.edits or "")]
                 connection.executemany("INSERT INTO facts VALUES (?, ?)", facts)
                 yield connection
-                # Kept as they are at the end: a page may have been open all the while.
-                labels = _labels_to_keep(path, run) if path.exists() else labels
-                connection.executemany("INSERT INTO labels VALUES (?, ?, ?, ?, ?)", labels)
                 connection.commit()
             sync_file(partial)
-            os.replace(partial, path)
+            _take_place(partial, path, run, labels)
         except sqlite3.OperationalError as error:
             raise OSError(f"{path} must be writable, with room on its disk; it is not ({error}).") from error
         finally:
             partial.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+def _unsafe(partial: Path) -> sqlite3.Connection:
+    connection = sqlite3.connect(partial)
+    # A half-written file is thrown away as a whole.
+    connection.executescript("PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF;")
+    return connection
+
+
+def _take_place(partial: Path, path: Path, run: RunIdentity, labels: "list[tuple[Any, ...]]") -> None:
+    """Put a new database in the place of the old one, with the labels that people have written until now."""
+    with ExitStack() as stack:
+        if path.exists():
+            # Windows replaces no file that is open: a label written in this very moment is lost there.
+            if os.name != "nt" and os.access(path, os.W_OK):
+                stack.enter_context(changing(path))
+            labels = _labels_to_keep(path, run)
+        with closing(_unsafe(partial)) as connection, connection:
+            connection.executemany("INSERT INTO labels VALUES (?, ?, ?, ?, ?)", labels)
+        sync_file(partial)
+        os.replace(partial, path)
 
 
 @contextmanager
@@ -209,6 +248,11 @@ def write_student(connection: sqlite3.Connection, number: int, name: str, facts:
     connection.execute("INSERT INTO students VALUES (?, ?, ?, ?)", row)
 
 
+def write_contexts(connection: sqlite3.Connection, rows: Iterable[ContextRow]) -> None:
+    """Store the text."""
+    connection.executemany("INSERT INTO contexts VALUES (?, ?, ?, ?)", rows)
+
+
 def write_latents(
     connection: sqlite3.Connection,
     rows: Iterable[LatentRow],
@@ -237,32 +281,9 @@ def reading(path: Path) -> Generator[sqlite3.Connection, None, None]:
         yield connection
 
 
-def write_label(path: Path, label: Label) -> None:
-    """Store what a person wrote about a latent; empty texts take it away.
-
-    Raises:
-        ValueError: If the database cannot be written.
-    """
-    try:
-        with closing(sqlite3.connect(path, timeout=10)) as connection, connection:
-            connection.execute("DELETE FROM labels WHERE student = ? AND latent = ?", (label.student, label.latent))
-            if label.label or label.note:
-                connection.execute("INSERT INTO labels VALUES (?, ?, ?, ?, ?)", label)
-    except sqlite3.OperationalError as error:
-        raise ValueError(f"{path} must be writable to keep labels; it is not ({error}).") from error
-
-
-def read_labels(connection: sqlite3.Connection, student: str) -> list[Label]:
-    """Return all labels of a student's latents."""
-    rows: list[tuple[Any, ...]] = connection.execute(
-        "SELECT * FROM labels WHERE student = ? ORDER BY latent", (student,)
-    ).fetchall()
-    return [Label(*row) for row in rows]
-
-
 def _encoded(row: LatentRow) -> Sequence[object]:
     return [
-        value if value is None or isinstance(value, int | float | str) else json.dumps(value, separators=(",", ":"))
+        value if value is None or isinstance(value, int | float | str) else _compact(value) if value else "[]"
         for value in row
     ]
 
@@ -271,6 +292,7 @@ def _inspect(path: Path) -> tuple[int, RunIdentity]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} must be a database of mxd explore; there is no such file; collect it first.")
     try:
+        _recover(path)
         with reading(path) as connection:
             application = connection.execute("PRAGMA application_id").fetchone()[0]
             version = connection.execute("PRAGMA user_version").fetchone()[0]
@@ -283,6 +305,13 @@ def _inspect(path: Path) -> tuple[int, RunIdentity]:
             f"{path} must be a database of mxd explore; it is not ({error}); remove it or name another --database."
         ) from error
     return version, RunIdentity(str(found.get("run")), str(found.get("digest")), found.get("edits") or None)
+
+
+def _recover(path: Path) -> None:
+    """Undo what a process that was killed had begun to write, which nobody can who only reads."""
+    if path.with_name(f"{path.name}-journal").exists() and os.access(path, os.W_OK):
+        with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=rw", uri=True)) as connection:
+            connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
 
 
 def _require_run(path: Path, run: RunIdentity, found: RunIdentity) -> None:

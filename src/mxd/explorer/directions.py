@@ -73,13 +73,13 @@ class Neighbours(NamedTuple):
     latents: Int[Tensor, "num_latents neighbours"]
     """Their numbers, the nearest first."""
     cosines: Float[Tensor, "num_latents neighbours"]
-    """Cosines of the mean atoms; 0 to one that never fires."""
+    """Cosines of the mean atoms."""
 
 
 def nearest(directions: Float[Tensor, "num_latents d_out"], count: int) -> Neighbours:
     """Return for each latent the `count` others with the largest cosine, fewer where there are fewer."""
     unit = torch.nn.functional.normalize(directions, dim=1)
-    count = min(count, len(unit) - 1)
+    count = max(min(count, len(unit) - 1), 0)
     cosines, latents = [], []
     for rows in torch.arange(len(unit)).split(LATENTS_AT_ONCE):
         similarity = unit[rows] @ unit.T

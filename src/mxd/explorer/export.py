@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from mxd.atomic import JSON, partial_path, sync_folder
-from mxd.explorer.library import Library
+from mxd.explorer.library import Library, whole_end
 from mxd.explorer.pages import PAGE_FILES, page_file
 
 SHARD = 128
@@ -82,7 +82,7 @@ def _data(library: Library) -> Iterator[tuple[str, JSON]]:
 def _found_by(latent: dict[str, Any]) -> JSON:
     """Return the tokens a latent fires on, those it promotes, and the text before the peak of its best context."""
     example = next(iter(latent["examples"]), None)
-    text = "" if example is None else "".join(example["tokens"][: example["peak"] + 1])
+    text = "" if example is None else "".join(example["tokens"][: whole_end(example["tokens"], example["peak"] + 1)])
     return [[entry[0] for entry in latent["fires_on"]], [entry[0] for entry in latent["promoted"]], text]
 
 

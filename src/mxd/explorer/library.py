@@ -4,7 +4,7 @@ import itertools
 import json
 import re
 import sqlite3
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -15,10 +15,10 @@ from mxd.explorer.concepts import read_concepts
 from mxd.explorer.database import (
     RunIdentity,
     read_facts,
-    read_labels,
     reading,
     require_database,
 )
+from mxd.explorer.labels import read_labels
 
 FOUND_AT_MOST = 60
 """Latents that a search returns."""
@@ -118,11 +118,8 @@ class Library:
             found: dict[str, Any] = dict(zip(_COLUMNS, row, strict=True))
             found |= {name: json.loads(found[name]) for name in _LISTS}
             contexts = _contexts(connection, [example["context"] for example in found["examples"]])
-            wanted = [entry[0] for name in _TOKEN_LISTS for entry in found[name]]
-            for example in found["examples"]:
-                wanted += contexts[example["context"]][example["first"] : example["first"] + example["length"]]
-            texts = _texts(connection, wanted)
-        found["examples"] = [_example(texts, contexts[example["context"]], example) for example in found["examples"]]
+            texts = _texts(connection, [entry[0] for name in _TOKEN_LISTS for entry in found[name]])
+        found["examples"] = [_example(contexts[example["context"]], example) for example in found["examples"]]
         for name in _TOKEN_LISTS:
             found[name] = [[texts[entry[0]], *entry[1:]] for entry in found[name]]
         return {"student": student, "latent": latent, **found}
@@ -180,12 +177,19 @@ def _texts(connection: sqlite3.Connection, tokens: Iterable[int]) -> dict[int, s
     return dict(cast("list[tuple[int, str]]", rows.fetchall()))
 
 
-def _contexts(connection: sqlite3.Connection, numbers: Sequence[int]) -> dict[int, list[int]]:
-    """Return the tokens of contexts."""
+def _contexts(connection: sqlite3.Connection, numbers: Sequence[int]) -> dict[int, list[str]]:
+    """Return contexts as the pieces that their tokens are there."""
     rows = connection.execute(
-        "SELECT number, tokens FROM contexts WHERE number IN (SELECT value FROM json_each(?))", (json.dumps(numbers),)
-    )
-    return {number: [int(token) for token in str(ids).split()] for number, ids in rows.fetchall()}
+        "SELECT number, tokens, pieces FROM contexts WHERE number IN (SELECT value FROM json_each(?))",
+        (json.dumps(numbers),),
+    ).fetchall()
+    ids = {number: [int(token) for token in str(tokens).split()] for number, tokens, _ in rows}
+    texts = _texts(connection, itertools.chain.from_iterable(ids.values()))
+    contexts = {number: [texts[token] for token in tokens] for number, tokens in ids.items()}
+    for number, _, pieces in rows:
+        for place, piece in cast("dict[str, str]", json.loads(pieces)).items():
+            contexts[number][int(place)] = piece
+    return contexts
 
 
 def _student(connection: sqlite3.Connection, name: str) -> int:
@@ -195,14 +199,21 @@ def _student(connection: sqlite3.Connection, name: str) -> int:
     return int(row[0])
 
 
-def _example(texts: Mapping[int, str], ids: Sequence[int], example: dict[str, Any]) -> dict[str, JSON]:
-    first, last = example["first"], example["first"] + example["length"]
+def _example(context: Sequence[str], example: dict[str, Any]) -> dict[str, JSON]:
+    first, last = example["first"], whole_end(context, example["first"] + example["length"])
     return {
         **{name: example[name] for name in ("group", "context", "value", "peak", "cells")},
-        "tokens": [texts[token] for token in ids[first:last]],
+        "tokens": list(context[first:last]),
         "before": first > 0,
-        "after": last < len(ids),
+        "after": last < len(context),
     }
+
+
+def whole_end(context: Sequence[str], end: int) -> int:
+    """Return where a part of a context ends that cuts no character in two."""
+    while end < len(context) and not context[end - 1]:
+        end += 1
+    return end
 
 
 def _pattern(query: str) -> str:
@@ -226,14 +237,13 @@ def _by_token(connection: sqlite3.Connection, student: int, query: str) -> "list
 def _by_text(connection: sqlite3.Connection, student: int, query: str) -> "list[tuple[int, str, str]]":
     """Return latents with one of their strongest activations at or near the text, the nearest first."""
     rows = connection.execute(
-        "SELECT number, tokens, text FROM contexts WHERE text LIKE ? ESCAPE '\\' LIMIT ?",
+        "SELECT number, text FROM contexts WHERE text LIKE ? ESCAPE '\\' LIMIT ?",
         (_pattern(query), _CONTEXTS_SEARCHED),
     ).fetchall()
-    contexts = {context: [int(token) for token in str(ids).split()] for context, ids, _ in rows}
-    texts = _texts(connection, itertools.chain.from_iterable(contexts.values()))
+    contexts = _contexts(connection, [context for context, _ in rows])
     found: list[tuple[int, float, int, str]] = []
-    for context, _, text in rows:
-        pieces = [texts[token] for token in contexts[context]]
+    for context, text in rows:
+        pieces = contexts[context]
         # What SQLite's LIKE takes as equal: letters of ASCII in either case.
         match = re.search(re.escape(query), str(text), re.IGNORECASE | re.ASCII)
         first, last = _span(pieces, *((match.start(), match.end()) if match else (0, 1)))
@@ -244,7 +254,9 @@ def _by_text(connection: sqlite3.Connection, student: int, query: str) -> "list[
             away = max(first - position, position - last, 0)
             if away > _FAR:
                 continue
-            found.append((away, -value, latent, "".join(pieces[max(position - 5, 0) : position + 1])))
+            found.append(
+                (away, -value, latent, "".join(pieces[max(position - 5, 0) : whole_end(pieces, position + 1)]))
+            )
     return [(latent, "context", text) for _, _, latent, text in sorted(found)]
 
 

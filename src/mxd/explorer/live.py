@@ -220,7 +220,9 @@ class LiveModel:
                 for side, variant in sides.items():
                     written.put({"side": side, "begins": True})
                     with variant():
-                        _generate(loaded.language_model, ids, request, _Pieces(loaded, side, stop, written))
+                        pieces = _Pieces(loaded, side, stop, written)
+                        pieces.follow(ids, request.prompt)
+                        _generate(loaded.language_model, ids, request, pieces)
                     written.put({"side": side, "ends": True})
         except _StoppedError:
             pass
@@ -292,6 +294,12 @@ class _Pieces:
         self._tokenizer, self._side, self._stop, self._written = loaded.language_model.tokenizer, side, stop, written
         self._ids: list[int] = []
         self._prompt_is_past = False
+
+    def follow(self, ids: Sequence[int], prompt: str) -> None:
+        """Pass on the space behind a prompt, where its last token has one that was not typed."""
+        [[piece]] = token_pieces(self._tokenizer, [ids[-1:]])
+        if piece.endswith(" ") and not prompt[-1:].isspace():
+            self._written.put({"side": self._side, "text": " "})
 
     def put(self, value: Tensor) -> None:
         """Take tokens; the first ones are the prompt."""

@@ -3,12 +3,11 @@
 import base64
 import sqlite3
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Shaped, UInt16
+from jaxtyping import Float, Int, Shaped, UInt16
 from torch import Tensor
 
 from mxd.atomic import JSON
@@ -29,30 +28,62 @@ MISSING = 65535
 """Stands for no number in `map_data`."""
 
 
-class Directions(NamedTuple):
-    """What the latents of a layer write."""
+class Written(NamedTuple):
+    """What a latent writes; nothing where it never fires."""
 
-    lengths: Float[Tensor, " num_latents"]
-    """Lengths of their mean atoms; 0 for those that never fire."""
+    nearest: list[tuple[int, float]]
+    """The latents whose mean atoms point the same way, with the cosines."""
+    promoted: list[tuple[int, float]]
+    """The tokens whose logits it raises most, and by how much."""
+    suppressed: list[tuple[int, float]]
+    """The tokens whose logits it lowers most, and by how much."""
+
+
+class Directions(NamedTuple):
+    """What the latents of a layer write. Only those that fire have rows."""
+
+    latents: Int[Tensor, " rows"]
+    """The latent of each row, in ascending order."""
     neighbours: Neighbours
-    """Which write alike."""
+    """Which rows write alike."""
     promoted: Promoted
     """Tokens they promote."""
     suppressed: Promoted
     """Tokens they suppress."""
 
+    def of(self, first: int, last: int) -> list[Written]:
+        """Return what the latents from `first` to below `last` write."""
+        begin, end = torch.searchsorted(self.latents, torch.tensor([first, last])).tolist()
+        others = self.latents[self.neighbours.latents[begin:end]]
+        columns = zip(
+            _pairs(others, self.neighbours.cosines[begin:end]),
+            *(_pairs(side.tokens[begin:end], side.effects[begin:end]) for side in (self.promoted, self.suppressed)),
+            strict=True,
+        )
+        found = {
+            latent: Written(*lists) for latent, lists in zip(self.latents[begin:end].tolist(), columns, strict=True)
+        }
+        return [found.get(latent, Written([], [], [])) for latent in range(first, last)]
+
 
 def directions_of(atoms: Float[Tensor, "num_latents d_out"], logits: LogitMap) -> Directions:
-    """Return what latents with these mean atoms write."""
-    blocks = list(logits.extremes(atoms, LISTED))
+    """Return what latents with these mean atoms write; an atom is 0 where its latent never fires."""
+    # On a short text most latents of a wide layer are silent, and each would be compared with each.
+    latents = atoms.any(1).nonzero().squeeze(1)
+    written = atoms[latents]
+    blocks = list(logits.extremes(written, LISTED))
     promoted, suppressed = (
         Promoted(*(torch.cat(column) for column in zip(*side, strict=True))) for side in zip(*blocks, strict=True)
     )
-    return Directions(torch.linalg.vector_norm(atoms, dim=1), nearest(atoms, LISTED), promoted, suppressed)
+    return Directions(latents, nearest(written, LISTED), promoted, suppressed)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Example:
+def _pairs(numbers: Int[Tensor, "rows listed"], values: Float[Tensor, "rows listed"]) -> list[list[tuple[int, float]]]:
+    rows = zip(numbers.tolist(), values.tolist(), strict=True)
+    return [list(zip(row, _shortened(strengths), strict=True)) for row, strengths in rows]
+
+
+class _Example(NamedTuple):
     owner: int
     place: int
     value: float
@@ -72,41 +103,46 @@ class BlockRows:
         text: TextTokens,
     ) -> None:
         self._student, self._entries, self._profiles = student, entries, profiles
-        self._statistics, self._directions, self._text = statistics, directions, text
+        self._statistics, self._text = statistics, text
         self._size = len(entries.starts) - 1
+        self._written = directions.of(entries.first, entries.first + self._size)
         self._examples = list(self._chosen_examples())
+        self._windows = [self._window(example.place) for example in self._examples]
         self._cells = self._values_around()
+        self._values = _shortened([example.value for example in self._examples])
 
     def latents(self) -> Iterator[LatentRow]:
         """Yield a row for each latent."""
         profiles, statistics = self._profiles, self._statistics
         examples = _grouped(self._size, [example.owner for example in self._examples])
-        fires_on, company = (
-            _grouped(self._size, ranked.owners.tolist()) for ranked in (profiles.tokens, profiles.company)
-        )
+        fires_on, company = (_lists(self._size, ranked) for ranked in (profiles.tokens, profiles.company))
         counts = self._entries.counts.tolist()
+        here = slice(self._entries.first, self._entries.first + self._size)
+        means = _shortened((statistics.sums[here] / statistics.firings[here].clamp_min(1)).tolist())
+        maxima = _shortened(statistics.maxima[here].tolist())
+        quantiles = list(map(_shortened, profiles.quantiles.tolist()))
         for owner in range(self._size):
             latent = self._entries.first + owner
-            firings, fires = counts[owner], counts[owner] > 0
+            firings, written = counts[owner], self._written[owner]
             yield LatentRow(
                 student=self._student,
                 latent=latent,
                 firings=firings,
                 rate=firings / max(statistics.num_tokens, 1),
-                mean=_short(float(statistics.sums[latent]) / max(firings, 1)),
-                maximum=_short(float(statistics.maxima[latent])),
-                p99=_short(float(profiles.quantiles[owner, -1])),
+                mean=means[owner],
+                maximum=maxima[owner],
+                p99=quantiles[owner][-1],
                 specialisation=_number(float(profiles.specialisation[owner])),
-                distinctness=self._distinctness(latent),
-                quantiles=[_short(value) for value in profiles.quantiles[owner].tolist()],
+                distinctness=_short(1 - written.nearest[0][1]) if written.nearest else None,
+                quantiles=quantiles[owner],
                 histogram=profiles.histograms[owner].tolist(),
                 positions=profiles.positions[owner].tolist(),
                 examples=[self._shown(place) for place in examples[owner]],
-                fires_on=_listed(profiles.tokens, fires_on[owner]),
-                promoted=_promoted(self._directions.promoted, latent) if fires else [],
-                suppressed=_promoted(self._directions.suppressed, latent) if fires else [],
-                nearest=self._nearest(latent) if fires else [],
-                company=_listed(profiles.company, company[owner]),
+                fires_on=fires_on[owner],
+                promoted=written.promoted,
+                suppressed=written.suppressed,
+                nearest=written.nearest,
+                company=company[owner],
             )
 
     def peaks(self) -> Iterator[Peak]:
@@ -119,14 +155,12 @@ class BlockRows:
     def tokens(self) -> Iterator[TokenLatent]:
         """Yield the tokens by which each latent is found."""
         ranked = self._profiles.tokens
-        for owner, token, count in zip(
-            ranked.owners.tolist(), ranked.items.tolist(), ranked.counts.tolist(), strict=True
-        ):
-            share = count / max(int(self._entries.counts[owner]), 1)
-            yield TokenLatent(self._student, token, "fires on", self._entries.first + owner, _short(share))
-        for owner in np.flatnonzero(self._entries.counts).tolist():
-            latent = self._entries.first + owner
-            for token, effect in _promoted(self._directions.promoted, latent):
+        shares = _shortened((ranked.counts / np.maximum(self._entries.counts, 1)[ranked.owners]).tolist())
+        latents = (ranked.owners + self._entries.first).tolist()
+        for token, latent, share in zip(ranked.items.tolist(), latents, shares, strict=True):
+            yield TokenLatent(self._student, token, "fires on", latent, share)
+        for latent, written in enumerate(self._written, start=self._entries.first):
+            for token, effect in written.promoted:
                 yield TokenLatent(self._student, token, "promotes", latent, effect)
 
     def _chosen_examples(self) -> Iterator[_Example]:
@@ -154,13 +188,14 @@ class BlockRows:
         """Return, for each example, where in its window the latent fires and how strongly."""
         size = len(self._text.ids)
         keys = self._entries.owners * size + self._entries.places
-        windows = [self._window(example.place) for example in self._examples]
         owners = np.array([example.owner for example in self._examples], dtype=np.int64) * size
-        first, last = (np.searchsorted(keys, owners + np.array(ends, dtype=np.int64)) for ends in _columns(windows))
+        first, last = (
+            np.searchsorted(keys, owners + np.array(ends, dtype=np.int64)) for ends in _columns(self._windows)
+        )
         places, values = self._entries.places, self._entries.values
         return [
-            [(int(places[n]) - start, _short(float(values[n]))) for n in range(low, high)]
-            for (start, _), low, high in zip(windows, first.tolist(), last.tolist(), strict=True)
+            list(zip((places[low:high] - start).tolist(), _shortened(values[low:high].tolist()), strict=True))
+            for (start, _), low, high in zip(self._windows, first.tolist(), last.tolist(), strict=True)
         ]
 
     def _window(self, place: int) -> tuple[int, int]:
@@ -169,7 +204,7 @@ class BlockRows:
 
     def _shown(self, number: int) -> JSON:
         example = self._examples[number]
-        start, stop = self._window(example.place)
+        start, stop = self._windows[number]
         context, first = divmod(start, self._text.context)
         return {
             "group": example.group,
@@ -177,18 +212,9 @@ class BlockRows:
             "first": first,
             "length": stop - start,
             "peak": example.place - start,
-            "value": _short(example.value),
+            "value": self._values[number],
             "cells": self._cells[number],
         }
-
-    def _nearest(self, latent: int) -> list[tuple[int, float]]:
-        neighbours, lengths = self._directions.neighbours, self._directions.lengths
-        pairs = zip(neighbours.latents[latent].tolist(), neighbours.cosines[latent].tolist(), strict=True)
-        return [(other, _short(cosine)) for other, cosine in pairs if lengths[other] > 0]
-
-    def _distinctness(self, latent: int) -> float | None:
-        found = self._nearest(latent) if self._directions.lengths[latent] > 0 else []
-        return _short(1 - found[0][1]) if found else None
 
 
 def student_facts(student: TrainedStudent, statistics: LatentStatistics) -> JSON:
@@ -252,18 +278,22 @@ def _grouped(size: int, owners: Sequence[int]) -> list[list[int]]:
     return groups
 
 
-def _listed(ranked: Ranked, chosen: Sequence[int]) -> list[tuple[int, float, float]]:
-    return [(int(ranked.items[n]), _short(float(ranked.counts[n])), _short(float(ranked.scores[n]))) for n in chosen]
+def _lists(size: int, ranked: Ranked) -> list[list[tuple[int, float, float]]]:
+    """Return the things of each owner, with how often and what they are ranked by."""
+    counts, scores = (_shortened(column.tolist()) for column in (ranked.counts, ranked.scores))
+    lists: list[list[tuple[int, float, float]]] = [[] for _ in range(size)]
+    for owner, item, count, score in zip(ranked.owners.tolist(), ranked.items.tolist(), counts, scores, strict=True):
+        lists[owner].append((item, count, score))
+    return lists
 
 
-def _promoted(promoted: Promoted, latent: int) -> list[tuple[int, float]]:
-    pairs = zip(promoted.tokens[latent].tolist(), promoted.effects[latent].tolist(), strict=True)
-    return [(token, _short(effect)) for token, effect in pairs]
+def _shortened(values: Sequence[float]) -> list[float]:
+    """Return numbers to four digits: more would be noise, and fill the database."""
+    return [float(f"{value:.4g}") for value in values]
 
 
 def _short(value: float) -> float:
-    """Return a number to four digits: more would be noise, and fill the database."""
-    return float(f"{value:.4g}")
+    return _shortened((value,))[0]
 
 
 def _number(value: float) -> float | None:

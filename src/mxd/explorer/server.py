@@ -23,7 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mxd.atomic import JSON
 from mxd.edits import Edit
-from mxd.explorer.database import Label, write_label
+from mxd.explorer.labels import Label, write_label
 from mxd.explorer.library import Library, NotFoundError
 from mxd.explorer.live import MOST_NEW_TOKENS, LiveModel, SteeringRequest
 from mxd.explorer.pages import CONTENT_SECURITY_POLICY, PAGE_FILES, page_file
@@ -49,13 +49,20 @@ class _Sent(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
-class LabelSent(_Sent):
+class Written(_Sent):
+    """A label and a note."""
+
+    label: Annotated[str, Field(max_length=200)]
+    note: Annotated[str, Field(max_length=10_000)]
+
+
+class LabelSent(Written):
     """A label and a note for a latent."""
 
     student: Annotated[str, Field(max_length=500)]
-    latent: Annotated[int, Field(ge=0)]
-    label: Annotated[str, Field(max_length=200)]
-    note: Annotated[str, Field(max_length=10_000)]
+    latent: Annotated[int, Field(ge=0, lt=2**31)]
+    before: Written | None = None
+    """What the page has read, and nothing else is to be replaced; anything where None."""
 
 
 class TextSent(_Sent):
@@ -112,8 +119,8 @@ class _Endpoints:
         self.library.latent(sent.student, sent.latent)
         changed = datetime.now(UTC).isoformat(timespec="seconds")
         label = Label(sent.student, sent.latent, sent.label.strip(), sent.note.strip(), changed)
-        write_label(self.library.database, label)
-        return JSONResponse({"saved": changed})
+        write_label(self.library.database, label, sent.before and (sent.before.label, sent.before.note))
+        return JSONResponse({"saved": changed, "label": label.label, "note": label.note})
 
     def text(self, sent: Annotated[TextSent, Body()]) -> JSONResponse:
         return JSONResponse(self.live.attribute(sent.student, sent.text))

@@ -17,10 +17,11 @@
 
   // What a page will ask for is asked for at once, before the run is there to draw it with.
   function warm() {
-    const [page, layer, id, latent] = location.hash.replace(/^#\/?/, "").split("/");
-    if (!data.live || !pages[page] || id === undefined) return;
+    const [page, layer, id, latents = ""] = location.hash.replace(/^#\/?/, "").split("/");
+    if (!data.live || !Object.hasOwn(pages, page) || id === undefined) return;
     const student = `${layer}/${id}`.split("/").map(decodeURIComponent).join("/");
-    const asked = [page === "run" ? null : data.labels(student), page === "map" ? data.map(student) : null, page === "latent" ? data.latent(student, Number(latent)) : null];
+    const numbers = ["latent", "steer"].includes(page) ? decodeURIComponent(latents).split(",").filter((part) => /^\d+$/.test(part)) : [];
+    const asked = [page === "run" ? null : data.labels(student), page === "map" ? data.map(student) : null, ...numbers.map((number) => data.latent(student, Number(number)))];
     // Whoever needs it is told what went wrong.
     asked.forEach((answer) => answer?.catch(() => {}));
   }
@@ -49,7 +50,7 @@
       const at = place(run);
       const student = run.students.find((entry) => entry.name === at.student);
       if (!student) throw new Error(`This run has no student ${at.student}.`);
-      const page = pages[at.page];
+      const page = Object.hasOwn(pages, at.page) && pages[at.page];
       if (!page) throw new Error(`There is no page ${at.page}.`);
       const made = await page({ run, student, rest: at.rest });
       if (turn !== shown) { made.leave?.(); return; }

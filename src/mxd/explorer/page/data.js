@@ -82,10 +82,14 @@ explorer.data = (() => {
     return [...found.values()].slice(0, 60);
   }
 
+  // What was typed and not saved yet outlives a look at other pages.
+  const drafts = new Map();
+  addEventListener("beforeunload", (event) => { if (drafts.size) event.preventDefault(); });
   async function saveLabel(student, number, label, note) {
-    await send("PUT", "api/label", { student, latent: number, label, note }).catch(unreachable).then(answer);
     const { labels: written } = await labels(student);
-    if (label.trim() || note.trim()) written[number] = { label: label.trim(), note: note.trim() };
+    const before = written[number] || { label: "", note: "" };
+    const saved = await send("PUT", "api/label", { student, latent: number, label, note, before }).catch(unreachable).then(answer);
+    if (saved.label || saved.note) written[number] = { label: saved.label, note: saved.note };
     else delete written[number];
   }
   const text = (student, words) => send("POST", "api/text", { student, text: words }).catch(unreachable).then(answer);
@@ -103,5 +107,5 @@ explorer.data = (() => {
       for (const line of lines) take(JSON.parse(line));
     }
   }
-  return { live, run, map, labels, latent, search, saveLabel, text, steer };
+  return { live, run, map, labels, latent, search, drafts, saveLabel, text, steer };
 })();

@@ -24,8 +24,10 @@ explorer.elements = (() => {
     const value = 100 * share, size = Math.abs(value);
     return `${(size >= 10 || size === 0 ? value.toFixed(0) : size >= 1 ? value.toFixed(1) : Number(value.toPrecision(2)).toString()).replace("-", "−")} %`;
   };
-  // Control characters have no look of their own; Unicode has a picture of each.
-  const visible = (text) => text.replace(/[\u0000-\u0008\u000b-\u001f\u007f]/g, (c) => c === "\u007f" ? "␡" : String.fromCharCode(0x2400 + c.charCodeAt(0)));
+  // Control characters have no look of their own; Unicode has a picture of each. Those that turn the direction of what
+  // follows would show a text that is not there.
+  const visible = (text) => text.replace(/[\u0000-\u0008\u000b-\u001f\u007f]/g, (c) => c === "\u007f" ? "␡" : String.fromCharCode(0x2400 + c.charCodeAt(0)))
+    .replace(/[\u0080-\u009f\u200e\u200f\u202a-\u202e\u2066-\u2069]/g, (c) => `‹${c.charCodeAt(0).toString(16).toUpperCase().padStart(4, "0")}›`);
 
   // A token in running text: its line breaks are kept, and shown.
   function running(text) {

@@ -35,14 +35,21 @@ explorer.pages.latent = async ({ student, rest, run }) => {
   const valueOf = (place) => number(place * found.maximum / found.histogram.length);
 
   const concept = labels.concepts[latent], written = labels.labels[latent] || { label: "", note: "" };
-  const state = h("span", { class: "note", role: "status" });
-  const label = h("input", { id: "label", maxlength: 200, value: written.label, placeholder: "what does it do?", autocomplete: "off" });
-  const note = h("textarea", { id: "note", rows: 2, maxlength: 10000, placeholder: "notes" }, written.note);
-  const form = h("form", { class: "label", onsubmit: async (event) => {
+  const own = `${student.name}/${latent}`, draft = data.drafts.get(own);
+  const state = h("span", { class: "note", role: "status" }, draft ? "not saved yet" : "");
+  const label = h("input", { id: "label", maxlength: 200, value: draft?.label ?? written.label, placeholder: "what does it do?", autocomplete: "off" });
+  const note = h("textarea", { id: "note", rows: 2, maxlength: 10000, placeholder: "notes" }, draft?.note ?? written.note);
+  const form = h("form", { class: "label", oninput: () => { data.drafts.set(own, { label: label.value, note: note.value }); state.textContent = "not saved yet"; }, onsubmit: async (event) => {
     event.preventDefault();
     state.textContent = "saving …";
-    try { await data.saveLabel(student.name, latent, label.value, note.value); state.textContent = "saved in the database"; name.textContent = title(label.value); }
-    catch (error) { state.textContent = error.message; }
+    const sent = [label.value, note.value];
+    try {
+      await data.saveLabel(student.name, latent, ...sent);
+      name.textContent = title(sent[0]);
+      const typedOn = sent[0] !== label.value || sent[1] !== note.value;
+      if (!typedOn) data.drafts.delete(own);
+      state.textContent = typedOn ? "not saved yet" : "saved in the database";
+    } catch (error) { state.textContent = error.message; }
   } }, h("label", { class: "field" }, h("span", {}, "Label"), label), h("label", { class: "field wide" }, h("span", {}, "Note"), note), h("div", {}, h("button", {}, "Save"), state));
   const shownLabel = data.live ? form : written.label || written.note ? h("p", { class: "lede" }, visible([written.label, written.note].filter(Boolean).join(" — "))) : null;
 

@@ -80,7 +80,10 @@ explorer.pages.steer = async ({ student, rest, run }) => {
     if (writing === control) { stop.hidden = true; Object.values(sides).forEach((entry) => entry.text.classList.remove("busy")); }
   }
 
-  for (const part of (rest[0] ?? "").split(",")) if (/^\d+$/.test(part)) await add(Number(part));
+  const asked = (rest[0] ?? "").split(",").filter((part) => /^\d+$/.test(part)).map(Number);
+  // All are asked for before one is waited for; in the list they stand in their order.
+  asked.forEach((latent) => data.latent(student.name, latent).catch(() => {}));
+  for (const latent of asked) await add(latent);
   drawRows();
   return {
     element: h("div", {}, h("div", { class: "head" }, h("h1", {}, "Steering bench"), h("p", { class: "lede" }, `${run.kinds[student.kind]} stands in for the MLP of layer ${student.layer}. Each slider changes a latent's value on every token, in units of its own 99th percentile.`)),
