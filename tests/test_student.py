@@ -1,6 +1,7 @@
 """What a step of one student must keep to: the same weights each time, and each loss in its own place."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -123,7 +124,9 @@ class Counted(TorchDispatchMode):
         super().__init__()
         self.name, self.count = name, 0
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def] # noqa: ANN
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         self.count += func.overloadpacket.__name__ == self.name
         return func(*args, **(kwargs or {}))
 

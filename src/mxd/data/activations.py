@@ -213,7 +213,12 @@ class ActivationStream(Iterator[ActivationBatch]):
         if batch >= batches:
             raise StopIteration
         if self._order is None:
-            self._order = self._fill(block, batches)
+            try:
+                self._order = self._fill(block, batches)
+            except BaseException:
+                # Whoever asks again gets this block, not the text behind it.
+                self._tokens.restore(self._position.tokens)
+                raise
         chosen = self._order[batch * self._batch_tokens : (batch + 1) * self._batch_tokens]
         layers = {
             layer: ActivationRows(*(tensor.index_select(0, chosen) for tensor in rows))

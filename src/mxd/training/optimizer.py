@@ -81,8 +81,8 @@ def _is_transpose(weight: Tensor) -> bool:
 
 ROWS_AT_ONCE = 512
 """Rows of a table whose gradients are projected together on a CPU, which takes half as long as one einsum at GPT-2's
-shape. In one pass over blocks with AdamW and renormalisation, another 4 ms of a step's 690 would go, for an optimiser of
-our own (benchmarks/kernels.py). Elsewhere each block would be a few launches more, so the whole table is taken."""
+shape. In one pass over blocks with AdamW and renormalisation, another 4 ms of a step's 690 would go, for an optimiser
+of our own (benchmarks/kernels.py). Elsewhere each block would be a few launches more, so the whole table is taken."""
 
 
 @torch.no_grad()
