@@ -151,21 +151,22 @@ def sigterm_soon() -> Iterator[threading.Timer]:
 
 @pytest.mark.parametrize(("slow_call", "steps"), [(1, 0), (2, 0), (6, 8)])
 def test_a_signal_ends_the_wait_for_activations(
-    tmp_path: Path, sigterm_soon: threading.Timer, slow_call: int, steps: int
+    tmp_path: Path, sigterm_soon: threading.Timer, monkeypatch: pytest.MonkeyPatch, slow_call: int, steps: int
 ) -> None:
     stream, began = activations(slow_call), time.monotonic()
     sigterm_soon.start()
-    with pytest.raises(TrainingInterrupted, match=f"SIGTERM after step {steps} of {STEPS}"):
-        go(tmp_path / "run", stream)
+    with monkeypatch.context() as patch:
+        # A hub that stalls must not be asked to go back, either.
+        patch.delattr(LocalTokens, "restore")
+        with pytest.raises(TrainingInterrupted, match=f"SIGTERM after step {steps} of {STEPS}"):
+            go(tmp_path / "run", stream)
     assert time.monotonic() - began < 20
     assert list(kept(tmp_path / "run")) == ([steps] if steps else [])
     # The same stream, which goes on where the wait began.
     assert_equal(go(tmp_path / "run", stream), go(tmp_path / "uninterrupted", activations()))
 
 
-def test_a_signal_ends_the_wait_for_another_threads_activations(
-    tmp_path: Path, sigterm_soon: threading.Timer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_signal_ends_the_wait_for_another_threads_activations(tmp_path: Path, sigterm_soon: threading.Timer) -> None:
     began = time.monotonic()
     with closing(Prefetch(activations(6))) as stream:
         sigterm_soon.start()
@@ -214,6 +215,18 @@ def test_what_fails_within_a_step_names_the_snapshot_to_go_on_from(
     with pytest.raises(TrainingFault, match=said):
         go(tmp_path, Numbers(), student(loss), snapshot_every=snapshot_every)
     assert_equal(go(tmp_path, Numbers()), go(tmp_path / "uninterrupted", Numbers()))
+
+
+def test_a_stream_that_breaks_off_with_the_accelerator_is_a_fault_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(student: Student) -> bool:
+        raise RuntimeError("CUDA error: launch failure")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Student, "is_finite", broken)
+        with pytest.raises(TrainingFault, match=r"after step 5 \(CUDA error.*No snapshot was due before it"):
+            go(tmp_path, Numbers(breaks_at=5))
 
 
 def test_what_fails_before_the_first_step_is_raised_as_it_is(tmp_path: Path) -> None:

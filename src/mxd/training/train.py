@@ -234,8 +234,10 @@ class _Loop:
     def _keep(self, position: ActivationPosition) -> None:
         """Write a snapshot between two steps, unless there is one of this step or no step was made."""
         if self.done > self.kept:
-            self.require_finite(state=True)
-            self._save(position)
+            # What broke the stream, an accelerator perhaps, may keep this from being written too.
+            with self.faults_named():
+                self.require_finite(state=True)
+                self._save(position)
 
     def _save(self, position: ActivationPosition) -> None:
         state: dict[str, JSON] = {"stream": cast(JSON, position.to_json())}
