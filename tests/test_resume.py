@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -93,7 +93,7 @@ def test_a_snapshot_after_every_step_changes_nothing_else(mxd: Mxd, uninterrupte
 
 
 @contextmanager
-def during_step(step: int, *signals: signal.Signals) -> Iterator[None]:
+def during_step(step: int, *signals: signal.Signals) -> Generator[None, None, None]:
     """Let signals arrive in the middle of this step."""
     plain = Student.step
 
