@@ -105,7 +105,7 @@ def test_a_stream_that_breaks_off_leaves_no_weights_that_are_not_finite(tmp_path
 
 
 class Slow:
-    """Gives activations, but waits before those of one call: a model that takes long, a hub that stalls."""
+    """Gives activations, but stalls before those of one call; while it does, a signal arrives."""
 
     def __init__(self, call: int | None) -> None:
         self.call = call
@@ -114,13 +114,15 @@ class Slow:
     def __call__(self, first: int, contexts: Int[Tensor, "n context"]) -> Mapping[int, MlpPair]:
         self.calls += 1
         if self.calls == self.call:
-            deadline = time.monotonic() + 60
+            threading.Timer(0.2, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
+            deadline = time.monotonic() + STALL
             while time.monotonic() < deadline and not done_waiting.is_set():
                 time.sleep(0.01)
         x = torch.nn.functional.one_hot(contexts % WIDTH, WIDTH).float() + 0.01 * contexts[..., None]
         return {0: MlpPair(x, x.sin())}
 
 
+STALL = 20.0
 done_waiting = threading.Event()
 
 
@@ -141,38 +143,37 @@ def activations(slow_call: int | None = None) -> ActivationStream:
 
 
 @pytest.fixture
-def sigterm_soon() -> Iterator[threading.Timer]:
+def stalling() -> Iterator[None]:
     done_waiting.clear()
-    timer = threading.Timer(0.4, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    yield timer
-    timer.cancel()
+    yield
     done_waiting.set()
 
 
 @pytest.mark.parametrize(("slow_call", "steps"), [(1, 0), (2, 0), (6, 8)])
+@pytest.mark.usefixtures("stalling")
 def test_a_signal_ends_the_wait_for_activations(
-    tmp_path: Path, sigterm_soon: threading.Timer, monkeypatch: pytest.MonkeyPatch, slow_call: int, steps: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slow_call: int, steps: int
 ) -> None:
     stream, began = activations(slow_call), time.monotonic()
-    sigterm_soon.start()
     with monkeypatch.context() as patch:
         # A hub that stalls must not be asked to go back, either.
         patch.delattr(LocalTokens, "restore")
         with pytest.raises(TrainingInterrupted, match=f"SIGTERM after step {steps} of {STEPS}"):
             go(tmp_path / "run", stream)
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < STALL
     assert list(kept(tmp_path / "run")) == ([steps] if steps else [])
     # The same stream, which goes on where the wait began.
     assert_equal(go(tmp_path / "run", stream), go(tmp_path / "uninterrupted", activations()))
 
 
-def test_a_signal_ends_the_wait_for_another_threads_activations(tmp_path: Path, sigterm_soon: threading.Timer) -> None:
+@pytest.mark.usefixtures("stalling")
+def test_a_signal_ends_the_wait_for_another_threads_activations(tmp_path: Path) -> None:
     began = time.monotonic()
     with closing(Prefetch(activations(6))) as stream:
-        sigterm_soon.start()
-        with pytest.raises(TrainingInterrupted, match=f"SIGTERM after step 8 of {STEPS}"):
+        # The other thread is ahead by a few batches, and some of them may still be trained on.
+        with pytest.raises(TrainingInterrupted, match=rf"SIGTERM after step [4-8] of {STEPS}"):
             go(tmp_path / "run", stream)
-        assert time.monotonic() - began < 20
+        assert time.monotonic() - began < STALL
         done_waiting.set()
     with closing(Prefetch(activations())) as stream:
         resumed = go(tmp_path / "run", stream)
