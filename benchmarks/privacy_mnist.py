@@ -265,7 +265,7 @@ def require_settings(work: Path, settings: dict[str, Any]) -> None:
         raise SystemExit(f"{path} was computed with other settings; name another --work.")
 
 
-def main() -> None:
+def parsed_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
@@ -274,7 +274,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--sweep-steps", type=int, default=300)
     parser.add_argument("--baselines", nargs="*", choices=BASELINES, default=list(BASELINES))
-    arguments = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parsed_arguments()
     torch.set_num_threads(1)
     described, config = machine(), MODELS[arguments.model]
     train, test = read(arguments.data, "train"), read(arguments.data, "test")

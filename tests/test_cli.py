@@ -147,6 +147,7 @@ def test_a_run_is_not_continued_on_a_model_whose_weights_have_changed(
 ) -> None:
     model = copied(tiny.model, tmp_path / "model")
     assert mxd(*training(tiny, tmp_path / "run", model=model)).status == 0
+    (tmp_path / "run/finished.json").unlink()
     before = tree(tmp_path / "run")
     weights = model / "model.safetensors"
     # The last byte of the last float, which is sign and exponent.

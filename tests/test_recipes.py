@@ -42,7 +42,7 @@ PAPER: dict[str, object] = {
     "tokens": 480_000_000,
     "batch_tokens": 4096,
     "lr": 1e-4,
-    "warmup_tokens": 5000 * 4096,
+    "warmup_tokens": "auto",  # which comes to the paper's 5,000 steps: see below
     "schedule": "constant",
     "weight_decay": 0.0,
     "clip": None,
@@ -102,6 +102,17 @@ def test_a_recipe_has_the_papers_settings_field_by_field(name: str) -> None:
     # Of the rest the paper says nothing.
     assert {name for name in set(resolved) - set(expected) if resolved[name] != getattr(plain, name)} == set()
     assert build(layer=5) == replace(config, layer=(5,))
+    assert config.warmup == 5000 * 4096
+
+
+def test_a_recipe_of_fewer_tokens_warms_up_over_fewer(mxd: Command, tmp_path: Path) -> None:
+    assert replace(paper_gpt2(layer=5), tokens=1_000_000).warmup == 40_000
+    assert replace(paper_gpt2(), tokens=960_000_000).warmup == 5000 * 4096
+    assert replace(paper_gpt2(), warmup_tokens=123).warmup == 123
+    # As docs/training.md has it.
+    words = ["train", "--recipe", "paper-gpt2", "--layer", "5", "--tokens", "1M"]
+    ended = mxd(*words, "--out", tmp_path / "run", "--dry-run")
+    assert (ended.status, "1,000,000 tokens" in ended.err) == (0, True), ended.err
 
 
 @pytest.mark.parametrize(
@@ -244,7 +255,7 @@ def test_every_option_given_beside_a_recipe_replaces_its_value(tmp_path: Path, m
     out = ["--out", str(tmp_path / "run")]
     plain = seen_by_make_plan(monkeypatch, ["train", "--recipe", "paper-gpt2", *out])
     assert plain == paper_gpt2()
-    changes = "--layer 5 6 --tokens 1M --lr mxd 1e-3 transcoder 2e-3 skip-transcoder 3e-3 --k 8 --warmup-tokens auto"
+    changes = "--layer 5 6 --tokens 1M --lr mxd 1e-3 transcoder 2e-3 skip-transcoder 3e-3 --k 8 --warmup-tokens 4096"
     changed = seen_by_make_plan(monkeypatch, ["train", *out, *changes.split(), "--recipe=paper-gpt2"])
     assert changed == replace(
         paper_gpt2(),
@@ -252,7 +263,7 @@ def test_every_option_given_beside_a_recipe_replaces_its_value(tmp_path: Path, m
         tokens=1_000_000,
         lr={"mxd": 1e-3, "transcoder": 2e-3, "skip-transcoder": 3e-3},
         k=(8,),
-        warmup_tokens="auto",
+        warmup_tokens=4096,
     )
     values = asdict(TrainConfig(model="m", text=("a", "b"), layer=(1, 3), tokens=4096))
     given = [

@@ -7,8 +7,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from mxd.runs import metrics_log, snapshots
 from mxd.runs.metrics_log import read_metrics
 from mxd.runs.run import is_finished
 from mxd.training import decompose as decomposing
+from mxd.training.student import Student
 from tests.train_command import STEPS, Mxd, arguments_of, nothing
 
 SERVER = """
@@ -57,7 +60,7 @@ def uninterrupted(llama: Path, text: Path, tmp_path_factory: pytest.TempPathFact
         with pytest.raises(SystemExit) as end:
             main()
     assert end.value.code == 0
-    assert not (out / "snapshots").exists()
+    assert kept(out) == [STEPS]
     return out
 
 
@@ -87,6 +90,21 @@ def test_a_snapshot_after_every_step_changes_nothing_else(mxd: Mxd, uninterrupte
     assert mxd(tmp_path / "run").status == 0
     assert_same_run(tmp_path / "run", uninterrupted)
     assert kept(tmp_path / "run") == [29, 30]
+
+
+@contextmanager
+def during_step(step: int, *signals: signal.Signals) -> Generator[None, None, None]:
+    """Let signals arrive in the middle of this step."""
+    plain = Student.step
+
+    def noting(student: Student, at: int, *arguments: Any, **keywords: Any) -> None:
+        plain(student, at, *arguments, **keywords)
+        for number in signals if at == step and student.layer == 0 and student.id.startswith("mxd") else ():
+            os.kill(os.getpid(), number)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Student, "step", noting)
+        yield
 
 
 class Server:
@@ -160,16 +178,11 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_bytes(
 
 
 def test_a_second_sigint_stops_at_once_and_says_how_to_go_on(mxd: Mxd, uninterrupted: Path, tmp_path: Path) -> None:
-    def interrupt_twice(step: int, batch: ActivationBatch) -> None:
-        if step == 25:
-            os.kill(os.getpid(), signal.SIGINT)
-            os.kill(os.getpid(), signal.SIGINT)
-
-    mxd.before_batch = interrupt_twice
-    ended = mxd(tmp_path / "run")
+    with during_step(25, signal.SIGINT, signal.SIGINT):
+        ended = mxd(tmp_path / "run")
     assert ended.status == 130
     assert "stopped by SIGINT; go on with: mxd train" in mxd.last_line(ended)
-    mxd.before_batch = nothing
+    assert kept(tmp_path / "run") == [24, 25]
     assert mxd(tmp_path / "run", "--resume").status == 0
     assert_same_run(tmp_path / "run", uninterrupted)
 
@@ -200,20 +213,15 @@ def test_exceptions_out_of_the_stream_at_any_step_change_nothing(mxd: Mxd, unint
 def test_a_signal_ends_with_130_a_snapshot_and_the_command_that_resumes(
     mxd: Mxd, uninterrupted: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
-    def stop(step: int, batch: ActivationBatch) -> None:
-        if step == 22:
-            os.kill(os.getpid(), number)
-
-    mxd.before_batch = stop
     run = tmp_path / "a run"
     # The last one given counts: no snapshot is due before the signal.
-    ended = mxd(run, "--snapshot-every", "600")
+    with during_step(22, number):
+        ended = mxd(run, "--snapshot-every", "600")
     assert ended.status == 130
     line = mxd.last_line(ended)
     assert f"stopped by {number.name} after step 23 of 30; go on with: mxd train --model" in line
     assert line.endswith(f"--out '{run}' --snapshot-every 600 --resume")
     assert kept(run) == [23]
-    mxd.before_batch = nothing
     assert mxd(run, "--resume").status == 0
     assert mxd.steps == list(range(23, STEPS))
     assert_same_run(run, uninterrupted)
@@ -221,7 +229,7 @@ def test_a_signal_ends_with_130_a_snapshot_and_the_command_that_resumes(
 
 def interrupted(mxd: Mxd, run: Path, step: int) -> None:
     def stop(at: int, batch: ActivationBatch) -> None:
-        if at == step - 1:
+        if at == step:
             os.kill(os.getpid(), signal.SIGTERM)
 
     mxd.before_batch = stop
@@ -276,6 +284,54 @@ def test_a_finished_run_stays_as_it_is(mxd: Mxd, uninterrupted: Path) -> None:
     assert state_of(uninterrupted) == before
 
 
+def changed_run(run: Path, **versions: str) -> None:
+    """Let a run be of other versions, and of a version of mxd that has an option less."""
+    stored = json.loads((run / "run.json").read_text())
+    stored["versions"] |= versions
+    del stored["config"]["cache_dtype"]
+    (run / "run.json").write_text(json.dumps(stored))
+
+
+def test_a_finished_run_stays_as_it_is_under_other_versions_and_without_its_model(
+    mxd: Mxd, uninterrupted: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(uninterrupted, run)
+    changed_run(run, torch="1.0", python="3.9.1")
+    stored = json.loads((run / "run.json").read_text())
+    gone = str(tmp_path / "gone")
+    stored["config"]["model"] = gone
+    (run / "run.json").write_text(json.dumps(stored))
+    before = state_of(run)
+    ended = mxd(run, "--resume", "--model", gone)
+    assert (ended.status, mxd.steps) == (0, [])
+    assert "is finished already" in ended.said
+    ended = mxd(run, "--resume", "--model", gone, "--lr", "0.02", "--layer", "0", "1", "2")
+    assert ended.status == 2
+    assert "config.layer.2 (absent → 2), config.lr (0.01 → 0.02)" in mxd.last_line(ended)
+    assert state_of(run) == before
+
+
+def test_other_versions_are_named_apart_and_with_what_to_install(mxd: Mxd, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    interrupted(mxd, run, 5)
+    stored = json.loads((run / "run.json").read_text())
+    stored["versions"] |= {"torch": "1.0", "python": "3.9.1"}
+    (run / "run.json").write_text(json.dumps(stored))
+    before = state_of(run)
+    ended = mxd(run, "--resume")
+    assert ended.status == 2
+    line = mxd.last_line(ended)
+    assert "was started with other versions (stored → installed): " in line
+    assert 'versions.python ("3.9.1" → ' in line
+    assert "install the stored ones, with pip install 'torch==1.0', to continue it" in line
+    assert "another configuration" not in line
+    both = mxd.last_line(mxd(run, "--resume", "--lr", "0.02"))
+    assert "config.lr (0.01 → 0.02)" in both
+    assert "'torch==1.0'" in both
+    assert state_of(run) == before
+
+
 def test_another_configuration_is_refused_field_by_field_and_leaves_the_run_alone(mxd: Mxd, tmp_path: Path) -> None:
     run = tmp_path / "run"
     interrupted(mxd, run, 5)
@@ -324,6 +380,7 @@ def test_an_activation_that_is_not_finite_is_named_with_its_step(
     line = mxd.last_line(ended)
     assert "1/mxd-k4 must have finite numbers; an activation of layer 1 was NaN or infinite at step 11." in line
     if snapshot_every == "0":
+        assert "The snapshot of step 10 in" in line
         assert "snapshots is from before it: run the model in a wider type" in line
         assert kept(tmp_path / "run") == [9, 10]
         assert all(torch.isfinite(tensor).all() for tensor in tensors_of(tmp_path / "run"))
@@ -387,3 +444,17 @@ def test_a_full_disk_ends_in_a_fault_and_the_run_goes_on_from_the_last_good_snap
     has_room = True
     assert mxd(run, "--resume").status == 0
     assert_same_run(run, uninterrupted)
+
+
+def test_layers_that_could_not_be_saved_are_saved_without_training_again(
+    mxd: Mxd, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(decomposing, "save_layer", full)
+        assert mxd(tmp_path / "run", "--snapshot-every", "600").status == 3
+    assert mxd(tmp_path / "run", "--snapshot-every", "600", "--resume").status == 0
+    assert mxd.steps == []
+    assert_same_run(tmp_path / "run", uninterrupted)

@@ -11,13 +11,15 @@ import tyro
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from mxd.checkpoint import load_checkpoint, load_layer
+from mxd.checkpoint import load_checkpoint, load_layer, save_edits
 from mxd.data.activations import ActivationBatch, ActivationStream
+from mxd.edits import Edit, Set
 from mxd.kernels.backends import backend
 from mxd.layers import MixtureOfDecodersConfig, SparseLayerOutput
 from mxd.layers.sizing import transcoder_budget
 from mxd.models import mlp_pairs
 from mxd.runs.metrics_log import read_metrics
+from mxd.runs.run import read_configuration
 from mxd.training import decompose as decomposing
 from mxd.training.config import TrainConfig
 from mxd.training.decompose import activation_stream, decompose, make_plan
@@ -306,6 +308,86 @@ def test_students_begin_from_another_runs_layers(
             torch.testing.assert_close(new[name], old[name], rtol=1e-4 if normalize else 0, atol=1e-5 * normalize)
 
 
+def broken_off(config: TrainConfig, out: Path, step: int, *, resume: bool = False) -> None:
+    """Train until the stream breaks off behind this many steps."""
+    plain, left = ActivationStream.__next__, step
+
+    def fail(stream: ActivationStream) -> ActivationBatch:
+        nonlocal left
+        if left == 0:
+            raise ConnectionError("the network is gone")
+        left -= 1
+        return plain(stream)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ActivationStream, "__next__", fail)
+        with pytest.raises((TrainingFault, ConnectionError)):
+            decompose(make_plan(config), out, resume=resume)
+
+
+def continued(config: TrainConfig, run: Path) -> dict[str, bytes]:
+    decompose(make_plan(config, stored=read_configuration(run)), run, resume=True)
+    return weights(run)
+
+
+def test_a_run_with_a_snapshot_needs_nothing_of_what_it_began_from(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(config, tokens=10 * 64, layer=(0,), kind=("mxd", "skip-transcoder"))
+    first = run_of(config, tmp_path / "first")
+    config = replace(config, init_from=str(first), normalize_input=True)
+    expected = weights(run_of(config, tmp_path / "whole"))
+    broken_off(config, tmp_path / "run", 4)
+    first.rename(tmp_path / "moved")
+
+    def forbidden(*_: object) -> None:
+        raise AssertionError("a resumed run begins from its snapshot")
+
+    monkeypatch.setattr(decomposing, "start_from_activations", forbidden)
+    assert continued(config, tmp_path / "run") == expected
+
+
+def test_a_run_without_a_snapshot_begins_from_the_same_weights_or_not_at_all(
+    config: TrainConfig, tmp_path: Path
+) -> None:
+    config = replace(config, tokens=10 * 64, layer=(0,), kind=("mxd",))
+    first = run_of(config, tmp_path / "first")
+    config = replace(config, init_from=str(first))
+    expected = weights(run_of(config, tmp_path / "whole"))
+    broken_off(config, tmp_path / "run", 0)
+    known = json.loads((tmp_path / "run/run.json").read_text())["sources"]["0/mxd-k4"]
+    assert known == json.loads((first / "layers/0/mxd-k4/config.json").read_text())["weights_sha256"]
+    first.rename(tmp_path / "moved")
+    run_of(replace(config, init_from=None, seed=1), first)
+    with pytest.raises(ValueError, match=rf"must hold the weights that the run was started from, SHA-256 {known}"):
+        continued(config, tmp_path / "run")
+    shutil.rmtree(first)
+    (tmp_path / "moved").rename(first)
+    assert continued(config, tmp_path / "run") == expected
+
+
+def test_a_plan_can_be_trained_twice(config: TrainConfig, tmp_path: Path) -> None:
+    config = replace(config, tokens=10 * 64, layer=(0,), kind=("mxd",))
+    plan = make_plan(config)
+    for name in ("first", "second"):
+        decompose(plan, tmp_path / name)
+    assert weights(tmp_path / "first") == weights(tmp_path / "second")
+
+
+def test_edits_of_the_layers_that_a_run_begins_from_are_left_out_with_a_warning(
+    config: TrainConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = replace(config, tokens=10 * 64, layer=(0,), kind=("mxd", "transcoder"))
+    first = run_of(config, tmp_path / "first")
+    again = replace(config, init_from=str(first))
+    expected = weights(run_of(again, tmp_path / "plain"))
+    assert "edited" not in caplog.text
+    save_edits(first / "layers/0/transcoder-k4", [Edit(latents=(3,), operation=Set(amount=100.0))])
+    assert weights(run_of(again, tmp_path / "edited")) == expected
+    assert caplog.text.count("layers/0/transcoder-k4 is edited; training begins from its weights, without") == 1
+    assert not list((tmp_path / "edited").glob("layers/*/*/edits.json"))
+
+
 def test_layers_that_cannot_be_begun_from_are_named_before_anything_is_written(
     config: TrainConfig, tmp_path: Path
 ) -> None:
@@ -365,13 +447,21 @@ def test_learning_rates_are_one_number_or_one_a_kind_or_by_width(config: TrainCo
     [
         *(("seed", -1), ("warmup_tokens", -1), ("clip", 0.0), ("lr", 0.0), ("lr", float("nan")), ("k", (0,))),
         *(("layer", ()), ("kind", ("mxd", "mxd")), ("k", (25,)), ("context", 1), ("aux_coefficient", -1.0)),
-        *(("threads", 0), ("batch_tokens", 0), ("activation", "tanh"), ("kind", ("moe",))),
+        *(("seed", 2**63), ("threads", 0), ("batch_tokens", 0), ("activation", "tanh"), ("kind", ("moe",))),
     ],
 )
 def test_impossible_settings_are_refused_by_name(config: TrainConfig, field: str, value: object) -> None:
     assert field in {known.name for known in fields(config)}
     with pytest.raises(ValueError, match=field.replace("_", "-")):
         replace(config, **{field: value})
+
+
+def test_the_last_seed_that_pytorch_takes_is_taken(config: TrainConfig) -> None:
+    last = replace(config, seed=2**63 - 3, seeds=3, layer=(0,), kind=("mxd",))
+    assert [student.seed for student in make_plan(last).students][-1] == 2**63 - 1
+    torch.Generator().manual_seed(2**63 - 1)
+    with pytest.raises(ValueError, match=r"must lie below 2\*\*63; got 9223372036854775805 and 4 of them"):
+        replace(last, seeds=4)
 
 
 def test_run_json_says_what_was_trained_and_on_what(config: TrainConfig, tmp_path: Path) -> None:

@@ -67,6 +67,8 @@ class Checkpoint:
     """The layer, in evaluation mode."""
     provenance: Provenance
     """Where it belongs."""
+    weights_sha256: str
+    """SHA-256 of the file of its weights, which edits leave as it is."""
 
 
 def save_layer(layer: SparseLayer, folder: str | Path, provenance: Provenance | None = None) -> None:
@@ -266,7 +268,8 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         layer = with_edits(layer.eval(), edits)
     except ValueError as error:
         raise ValueError(f"{folder / EDITS_FILE} must fit the layer; {error}") from error
-    return Checkpoint(layer=layer, provenance=Provenance(**provenance_fields))  # pyright: ignore[reportArgumentType]
+    provenance = Provenance(**provenance_fields)  # pyright: ignore[reportArgumentType]
+    return Checkpoint(layer=layer, provenance=provenance, weights_sha256=cast(str, config["weights_sha256"]))
 
 
 def _layer_folder(path: Path) -> Path:

@@ -32,8 +32,9 @@ def dead_latent_loss(
 
     $$L_\mathrm{aux} = \frac{\sum_b \lVert e_b - \hat e_b \rVert^2}{\sum_b \lVert e_b \rVert^2}$$
 
-    Gao et al. (2024), appendix A.2. The residual is a constant here: only the dead latents learn from this loss, and
-    their encoder does too, since their code is selected anew among them.
+    Gao et al. (2024), appendix A.2. The residual is a constant here, and training hands the gradient to what belongs to
+    single latents alone (`SparseLayer.latent_parameters`): only the dead latents learn from this loss, and their
+    encoder does too, since their code is selected anew among them. A dense branch that all experts share does not.
     """
     residual = residual.detach()
     scale = residual.square().sum().clamp_min(torch.finfo(residual.dtype).tiny)

@@ -8,8 +8,8 @@ recipe is a function that returns a `TrainConfig`; change it with `dataclasses.r
 looked up: a recipe resolves offline.
 
 **What is the paper's** (Oldfield et al., NeurIPS 2025; papers.md 1.4 and 1.5): corpus, tokens, batch, learning rate,
-warm-up and schedule, AdamW without decay or clipping, context, shuffle buffer, float32, seed, the ks, the three
-methods, and a budget of parameters of a transcoder 32 times as wide as its input.
+warm-up and schedule, AdamW without decay or clipping, context, size of the shuffle buffer, float32, seed, the ks, the
+three methods, and a budget of parameters of a transcoder 32 times as wide as its input.
 
 **What is ours**, because the paper differs from what mxd does:
 
@@ -17,6 +17,9 @@ methods, and a budget of parameters of a transcoder 32 times as wide as its inpu
   have (`layers.sizing.paper_num_experts`), so that they have 0.07 % fewer experts for GPT-2, and they give a Skip
   Transcoder as many latents as a Transcoder, hence 1.6 % more parameters.
 * The last batch is whole: 117,188 steps where the paper's code makes 117,187.
+* The shuffle buffer is emptied before it is filled again, so that its blocks do not mix. The released code refills half
+  of a buffer of the same size and mixes that with the half that is still there.
+* A run of fewer tokens than the paper's warms up over 4 % of them, one of as many over the paper's 5,000 steps.
 * Activations are those of the Hugging Face model, unfolded, with whatever its norm multiplies; the paper's are
   TransformerLens's, with folded norms and centred weights.
 * A twentieth of the documents is held out, and evaluation uses as many tokens of it as the paper used of the text
@@ -36,7 +39,7 @@ from typing import NamedTuple
 
 from mxd.bundled import MODEL_NAME
 from mxd.training.ablations import ABLATIONS
-from mxd.training.config import TrainConfig
+from mxd.training.config import PAPER_TOKENS, TrainConfig
 from mxd.training.shapes import ModelShape
 
 METHODS = ("mxd", "transcoder", "skip-transcoder")
@@ -320,7 +323,6 @@ def find_recipe(name: str) -> Recipe:
 
 def _paper(name: str, model: str, layer: int, *, activation: str) -> TrainConfig:
     """Return the paper's settings (papers.md 1.4 and 1.5) for one layer of a model."""
-    batch_tokens = 4096
     return TrainConfig(
         recipe=name,
         model=model,
@@ -332,13 +334,14 @@ def _paper(name: str, model: str, layer: int, *, activation: str) -> TrainConfig
         expansion=32,
         activation=activation,
         init="paper",
-        tokens=480_000_000,
-        batch_tokens=batch_tokens,
+        tokens=PAPER_TOKENS,
+        batch_tokens=4096,
         context=128,
         buffer_tokens=128 * 32 * 128,
         lr=1e-4,
         schedule="constant",
-        warmup_tokens=5000 * batch_tokens,
+        # The paper's 5,000 steps at the paper's tokens, fewer where fewer tokens are asked for.
+        warmup_tokens="auto",
         weight_decay=0.0,
         clip=None,
         aux_coefficient=0.0,

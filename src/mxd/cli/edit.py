@@ -79,15 +79,8 @@ def edit(
         save_layer(plain, export, load_checkpoint(place.folder).provenance)
     if after != before:
         save_edits(place.folder, *kept)
-    report = _Report(place.candidate.name, after, effects)
-    if json_:
-        print(json.dumps(report.to_json(), indent=2))
-    else:
-        _show(report, console)
-    if after != before:
-        console.print(f"Wrote {place.folder}/edits.json." if after else f"Removed {place.folder}/edits.json.")
-    if export is not None:
-        console.print(f"Wrote a layer with the edits in its weights to {export}.")
+    _show(_Report(place.candidate.name, after, effects), console, as_json=json_)
+    _show_written(place.folder if after != before else None, bool(after), export, console)
 
 
 def _require_one_request(
@@ -111,13 +104,23 @@ class _Report(NamedTuple):
         return {"student": self.student, "edits": [one.to_json() for one in self.edits], "effects": effects}
 
 
-def _show(report: _Report, console: Console) -> None:
+def _show(report: _Report, console: Console, *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(report.to_json(), indent=2))
+        return
     for one in report.edits:
         console.print(_told(one))
     if not report.edits:
         console.print(f"{report.student} has no edits.")
     if report.effects:
         Console().print(_table(report.effects))
+
+
+def _show_written(changed: Path | None, has_edits: bool, export: Path | None, console: Console) -> None:
+    if changed is not None:
+        console.print(f"{'Wrote' if has_edits else 'Removed'} {changed}/edits.json.")
+    if export is not None:
+        console.print(f"Wrote a layer with the edits in its weights to {export}.")
 
 
 def _new_edits(

@@ -8,13 +8,15 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import tyro
 from rich.console import Console
 from rich.table import Table
 
+from mxd.atomic import JSON
 from mxd.bundled import MODEL_NAME
 from mxd.recipes import RECIPES, find_recipe
 from mxd.runs.metrics_log import TensorBoardSink, WandbSink
@@ -75,12 +77,17 @@ def train(
     if dry_run and (shape := _shape_of_absent_model(config)) is not None:
         _show_from_shape(config, shape, console)
         return
+    if resume and not dry_run and is_run(out) and is_finished(out):
+        # Nothing is computed any more, so neither model nor text need be there.
+        reopen_run(out, {"config": cast(JSON, asdict(config))}, ignore=MAY_DIFFER)
+        console.print(f"{out} is finished already; nothing was changed.", soft_wrap=True)
+        return
     plan = make_plan(config, stored=read_configuration(out) if resume and is_run(out) else None)
     if resume and is_run(out) and not dry_run:
         # Checked again when training begins; here, so that a refusal is one sentence and nothing else.
         reopen_run(out, plan.description(), ignore=MAY_DIFFER)
-    workload, was_finished = plan_workload(plan), is_run(out) and is_finished(out)
-    if not (dry_run or was_finished):
+    workload = plan_workload(plan)
+    if not dry_run:
         # Before anything is shown, for the same reason.
         require_memory(workload)
     _show(plan, workload, console)
@@ -92,9 +99,6 @@ def train(
     except (TrainingInterrupted, KeyboardInterrupt) as error:
         command = shlex.join(["mxd", *_resuming(sys.argv[1:])])
         raise TrainingInterrupted(f"stopped by {str(error) or 'SIGINT'}; go on with: {command}") from error
-    if was_finished:
-        console.print(f"{out} is finished already; nothing was changed.", soft_wrap=True)
-        return
     console.print(f"Wrote {len(plan.students)} layers to {out}/layers. Next: mxd evaluate {out}", soft_wrap=True)
 
 

@@ -175,6 +175,9 @@ class ActivationStream(Iterator[ActivationBatch]):
         self._is_content = torch.empty(rows, dtype=torch.bool, device=device)
         self._order: Int[Tensor, " rows"] | None = None
         self._cancelled = False
+        # Whether a block was left half filled, and the tokens stand somewhere within or behind it. They go back when
+        # the block is asked for again: to go back may mean to read from the network that has just failed.
+        self._is_torn = False
         self._position = ActivationPosition(0, 0, tokens.state())
 
     @property
@@ -200,7 +203,7 @@ class ActivationStream(Iterator[ActivationBatch]):
         self._tokens.restore(position.tokens)
         self._position = position
         self._order = None
-        self._cancelled = False
+        self._cancelled = self._is_torn = False
 
     def cancel(self) -> None:
         """Make a fetch that goes on in another thread end soon, with `FetchCancelled`; `restore` allows new ones."""
@@ -213,7 +216,11 @@ class ActivationStream(Iterator[ActivationBatch]):
         if batch >= batches:
             raise StopIteration
         if self._order is None:
+            if self._is_torn:
+                self._tokens.restore(self._position.tokens)
+            self._is_torn = True
             self._order = self._fill(block, batches)
+            self._is_torn = False
         chosen = self._order[batch * self._batch_tokens : (batch + 1) * self._batch_tokens]
         layers = {
             layer: ActivationRows(*(tensor.index_select(0, chosen) for tensor in rows))

@@ -131,7 +131,9 @@ class _Lane:
     def take(self) -> tuple[ActivationBatch, ActivationPosition] | BaseException:
         """Wait for the next batch, or what was raised instead."""
         with self._changed:
-            self._changed.wait_for(lambda: self._fetched)
+            # Windows lets no signal end a wait that has no end of its own.
+            while not self._changed.wait_for(lambda: self._fetched, timeout=1.0):
+                pass
             self._changed.notify_all()
             return self._fetched.popleft()
 

@@ -29,12 +29,12 @@ def row_dots(
     """Return each token's dot products with the table rows that it names."""
     if _has_gathering_dot(dense, table):
         return _gathering_dot(dense, indices, table)
-    products = dense.new_empty(indices.shape)
+    products = table.new_empty(indices.shape)
     block = max(1, BLOCK_ELEMENTS // (indices.shape[1] * table.shape[1]))
     for start in range(0, len(indices), block):
         rows = slice(start, start + block)
         torch.bmm(table[indices[rows]], dense[rows].to(table.dtype)[..., None], out=products[rows][..., None])
-    return products
+    return products.to(dense.dtype)
 
 
 def row_sums(

@@ -163,6 +163,10 @@ class LinearTransformMixture(SparseLayer):
         """Return the transform's block of rows of `W_dec`."""
         return AtomRows(self.W_dec, self.offsets[latent], self.offsets[latent + 1])
 
+    def latent_parameters(self) -> list[nn.Parameter]:
+        """Return all but the output bias: the transforms share nothing."""
+        return [self.W_gate, self.b_gate, self.W_down, self.W_dec]
+
     def latent_lengths(self) -> Float[Tensor, " num_latents"]:
         """Return the Frobenius norm of each transform, from Gram matrices of its rank: none is built."""
         squares: list[Tensor] = []

@@ -178,7 +178,7 @@ def scores_at(
     indices: Int[Tensor, "tokens k"],
 ) -> Float[Tensor, "tokens k"]:
     """Return the entries of `x @ weight + bias` that each row names, differentiable, without making the others."""
-    return dots(x, indices, weight.t()) + dots(x.new_ones(len(x), 1), indices, bias[:, None])
+    return dots(x, indices, weight.t()) + dots(bias.new_ones(len(x), 1), indices, bias[:, None])
 
 
 @torch.no_grad()

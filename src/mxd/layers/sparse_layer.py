@@ -204,6 +204,15 @@ class SparseLayer(nn.Module, ABC):
         """Return the rows to which this latent's atoms, and nothing else, are proportional; None without such."""
         return None
 
+    def latent_parameters(self) -> list[nn.Parameter]:
+        """Return the parameters of which each latent has a part of its own: the scorer and the tables of `atom_rows`.
+
+        They are what the loss on dead latents teaches. All parameters where a kind does not say which are whose.
+        """
+        rows = self.atom_rows(0)
+        own = [part for part in self.scorer if isinstance(part, nn.Parameter)]
+        return list(self.parameters()) if rows is None or len(own) < len(self.scorer) else [*own, rows.table]
+
     def add_to_output_(self, vector: Float[Tensor, " d_out"]) -> None:
         """Add a constant to the prediction for every input and code, by weights alone.
 

@@ -63,7 +63,7 @@ def pretrain(
     groups = parameter_groups(model, config.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
     first = _resume(task, optimizer, run)
-    last_snapshot = started = time.monotonic()
+    last_snapshot = time.monotonic()
     evaluation: Mapping[str, float] = {}
     autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bfloat16")
     with ExitStack() as stack:
@@ -98,7 +98,7 @@ def pretrain(
             if done % LOG_EVERY == 0 or evaluates:
                 _require_finite(task, loss, done, state=is_last)
                 record = {"step": done, task.unit: done * task.units_per_step, "loss": float(loss)}
-                record |= {"lr": config.rate(step, steps), "seconds": round(time.monotonic() - started, 3)}
+                record |= {"lr": config.rate(step, steps), "seconds": log.seconds()}
                 if evaluates:
                     evaluation = _evaluate(task, autocast)
                     record |= evaluation

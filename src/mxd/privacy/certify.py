@@ -119,14 +119,7 @@ def certify_logistic(
         >>> step.certificate.certified
         True
     """
-    problem = LogisticObjective(
-        protected=with_constant(protected),
-        retained=with_constant(retained),
-        labels=retained_labels.cpu().long(),
-        num_classes=num_classes,
-        config=config.objective,
-    )
-    _require_disjoint(problem)
+    problem = _problem(protected, retained, retained_labels, config, num_classes)
     constants = logistic_constants(problem)
     require_strong_convexity(problem, constants)
     reference = _start(problem, pretrained)
@@ -146,6 +139,20 @@ def certify_logistic(
         noise_accuracy_cost=costs[0],
         noise_uniformity_cost=costs[1],
     )
+
+
+def _problem(
+    protected: Tensor, retained: Tensor, retained_labels: Tensor, config: CertifyConfig, num_classes: int
+) -> LogisticObjective:
+    problem = LogisticObjective(
+        protected=with_constant(protected),
+        retained=with_constant(retained),
+        labels=retained_labels.cpu().long(),
+        num_classes=num_classes,
+        config=config.objective,
+    )
+    _require_disjoint(problem)
+    return problem
 
 
 def pretrain_logistic(

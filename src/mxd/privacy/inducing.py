@@ -122,11 +122,10 @@ def open_run(run: Path, configuration: dict[str, JSON], *, resume: bool) -> None
 
 
 def _tune_in_run(tuning: Tuning, run: Path, snapshot_every: float) -> None:
-    snapshots, started = run / "snapshots", time.monotonic()
+    snapshots, saved = run / "snapshots", time.monotonic()
     snapshot = load_newest_snapshot(snapshots)
     if snapshot is not None:
         tuning.restore(snapshot)
-    saved = started
     with ExitStack() as stack:
         stop = stack.enter_context(interruptible())
         log = stack.enter_context(MetricsLog(run / "metrics.jsonl", first_step=tuning.done + 1))
@@ -144,7 +143,7 @@ def _tune_in_run(tuning: Tuning, run: Path, snapshot_every: float) -> None:
         )
         while not tuning.finished():
             record = tuning.step()
-            log.log({"step": tuning.done, "seconds": round(time.monotonic() - started, 3), **record})
+            log.log({"step": tuning.done, "seconds": log.seconds(), **record})
             progress.update(tuning.done, {"model": record})
             if stop.requested is not None or time.monotonic() - saved >= snapshot_every:
                 save_snapshot(snapshots, tuning.done, tuning.tensors(), tuning.state())

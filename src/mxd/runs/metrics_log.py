@@ -4,16 +4,18 @@ import importlib
 import json
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType, TracebackType
-from typing import Protocol, cast
+from typing import Protocol, cast, runtime_checkable
 
 from mxd.atomic import JSON, write_text_atomically
 
 logger = logging.getLogger(__name__)
 
 
+@runtime_checkable
 class MetricsSink(Protocol):
     """Something that takes one record a logging step: `MetricsLog` and its mirrors."""
 
@@ -39,6 +41,9 @@ class MetricsLog:
 
     def __init__(self, path: Path, *, first_step: int) -> None:
         kept = [record for record in read_metrics(path) if _step(record) < first_step] if path.exists() else []
+        seconds = kept[-1].get("seconds") if kept else None
+        self._seconds_before = float(seconds) if isinstance(seconds, int | float) else 0.0
+        self._opened = time.monotonic()
         write_text_atomically(path, "".join(map(_line, kept)))
         self._file = path.open("a", encoding="utf-8")
 
@@ -52,6 +57,13 @@ class MetricsLog:
         _step(record)
         self._file.write(_line(record))
         self._file.flush()
+
+    def seconds(self) -> float:
+        """Return how long has been worked on the run: up to the last record that was kept, and since this was opened.
+
+        To the millisecond, for the records' own `seconds`, which so grow over all resumptions.
+        """
+        return round(self._seconds_before + time.monotonic() - self._opened, 3)
 
     def close(self) -> None:
         """Close the file."""
@@ -83,6 +95,37 @@ def read_metrics(path: Path) -> list[dict[str, JSON]]:
         elif line.endswith(b"\n"):
             logger.warning("Line %d of %s is no record with a step and is left out.", number, path)
     return records
+
+
+class Mirror:
+    """A sink that training can do without: when it fails, that is logged as a warning, and it gets nothing more.
+
+    Args:
+        sink: What is mirrored to.
+    """
+
+    def __init__(self, sink: MetricsSink) -> None:
+        self._sink = sink
+        self._has_failed = False
+
+    def log(self, record: Mapping[str, JSON]) -> None:
+        """Pass a record on."""
+        if not self._has_failed:
+            self._try(lambda: self._sink.log(record))
+
+    def close(self) -> None:
+        """Close the sink, also one that has failed."""
+        self._try(self._sink.close)
+
+    def _try(self, action: Callable[[], None]) -> None:
+        # Whatever another tool's network or files may raise.
+        try:
+            action()
+        except Exception as error:
+            if not self._has_failed:
+                name = type(self._sink).__name__
+                logger.warning("%s failed and gets no more records; metrics.jsonl has them all: %s", name, error)
+            self._has_failed = True
 
 
 class TensorBoardSink:

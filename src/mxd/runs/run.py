@@ -3,17 +3,19 @@
 import errno
 import json
 import os
-from collections.abc import Collection, Generator, Mapping
+from collections.abc import Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, NamedTuple, cast
 
 from mxd.atomic import JSON, json_text, partial_path, write_json_atomically
 
 CONFIGURATION_FILE = "run.json"
 FINISHED_FILE = "finished.json"
+VERSIONS = "versions"
+"""The field of a configuration that says with what a run was begun."""
 LOCK_FILE = ".lock"
 
 _NO_LOCKS_HERE = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
@@ -63,6 +65,9 @@ def read_configuration(path: Path) -> dict[str, JSON]:
 def reopen_run(path: Path, configuration: Mapping[str, JSON], ignore: Collection[str] = ()) -> dict[str, JSON]:
     """The stored configuration, after it was found equal to the one asked for; writes nothing.
 
+    Of a finished run, for which nothing is computed any more, versions may differ, and so may what only one of the two
+    has a name for: a later version of mxd has other options.
+
     Args:
         path: The run's folder.
         configuration: What is asked for now.
@@ -77,16 +82,39 @@ def reopen_run(path: Path, configuration: Mapping[str, JSON], ignore: Collection
     stored = read_configuration(path)
     asked = cast("dict[str, JSON]", json.loads(json_text(configuration)))
     differing = [
-        f"{name} ({_shown(old)} → {_shown(new)})"
-        for name, old, new in _differences("", stored, asked)
-        if not any(name == ignored or name.startswith(f"{ignored}.") for ignored in ignore)
+        difference
+        for difference in _differences("", stored, asked)
+        if not any(difference.is_of(ignored) for ignored in ignore)
+        and not (is_finished(path) and (difference.is_of(VERSIONS) or difference.is_of_one_alone))
     ]
-    if differing:
-        raise ValueError(
-            f"{path} was started with another configuration (stored → asked): {', '.join(differing)}; "
+    refusal = _refusal(path, differing)
+    if refusal:
+        raise ValueError(refusal)
+    return stored
+
+
+def _refusal(path: Path, differing: "Sequence[_Difference]") -> str:
+    """Return what differs and what to do about it: options can be asked for, versions have to be installed."""
+    versions = [difference for difference in differing if difference.name.startswith(f"{VERSIONS}.")]
+    others = [str(difference) for difference in differing if difference not in versions]
+    sentences: list[str] = []
+    if others:
+        sentences.append(
+            f"{path} was started with another configuration (stored → asked): {', '.join(others)}; "
             "ask for the stored values or name another --out."
         )
-    return stored
+    if versions:
+        packages = [
+            f"'{difference.name.removeprefix(f'{VERSIONS}.')}=={difference.stored}'"
+            for difference in versions
+            if isinstance(difference.stored, str) and not difference.name.endswith(".python")
+        ]
+        install = f", with pip install {' '.join(packages)}," if packages else ""
+        sentences.append(
+            f"{path} was started with other versions (stored → installed): {', '.join(map(str, versions))}, which may "
+            f"round otherwise; install the stored ones{install} to continue it, or name another --out."
+        )
+    return " ".join(sentences)
 
 
 def mark_finished(path: Path, step: int) -> None:
@@ -177,15 +205,37 @@ class _Absent:
     """Stands for a field that one of two configurations does not have."""
 
 
-def _differences(name: str, stored: object, asked: object) -> list[tuple[str, object, object]]:
-    """Dotted name, stored and asked value of each leaf in which two JSON values differ."""
+class _Difference(NamedTuple):
+    """A leaf in which two JSON values differ."""
+
+    name: str
+    """Dotted."""
+    stored: object
+    asked: object
+
+    def is_of(self, name: str) -> bool:
+        """Whether it is this field or beneath it."""
+        return self.name == name or self.name.startswith(f"{name}.")
+
+    @property
+    def is_of_one_alone(self) -> bool:
+        """Whether only one of the two has a field of this name; an element more of a list is another value."""
+        is_element = self.name.rsplit(".", 1)[-1].isdigit()
+        return not is_element and (isinstance(self.stored, _Absent) or isinstance(self.asked, _Absent))
+
+    def __str__(self) -> str:
+        return f"{self.name} ({_shown(self.stored)} → {_shown(self.asked)})"
+
+
+def _differences(name: str, stored: object, asked: object) -> list[_Difference]:
+    """Return each leaf in which two JSON values differ."""
     old, new = _children(stored), _children(asked)
     same_kind = type(stored) is type(asked)
     if old is None or new is None or not same_kind:
         # JSON's true equals Python's 1, while 1 and 1.0 are the same number.
         same = stored == asked and isinstance(stored, bool) == isinstance(asked, bool)
-        return [] if same else [(name, stored, asked)]
-    found: list[tuple[str, object, object]] = []
+        return [] if same else [_Difference(name, stored, asked)]
+    found: list[_Difference] = []
     for key in [*old, *(key for key in new if key not in old)]:
         dotted = f"{name}.{key}" if name else key
         found += _differences(dotted, old.get(key, _Absent()), new.get(key, _Absent()))

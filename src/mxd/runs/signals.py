@@ -1,4 +1,4 @@
-"""Stop between two steps instead of in the middle of one."""
+"""Stop between two steps instead of in the middle of one, and at once while the next one's data are waited for."""
 
 import signal
 import threading
@@ -7,6 +7,10 @@ from contextlib import contextmanager
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal arrived where one ends the work at once."""
 
 
 class StopRequest:
@@ -18,6 +22,21 @@ class StopRequest:
     def __init__(self) -> None:
         self.requested = None
         self._interrupts = 0
+        self._heeds_at_once = False
+
+    @contextmanager
+    def at_once(self) -> Generator[None, None, None]:
+        """Within it a signal, also one that arrived before, raises `Stopped` instead of waiting to be polled.
+
+        For work whose result may be lost, such as fetching data over a network that hangs.
+        """
+        self._heeds_at_once = True
+        try:
+            if self.requested is not None:
+                raise Stopped
+            yield
+        finally:
+            self._heeds_at_once = False
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
@@ -26,6 +45,8 @@ class StopRequest:
             self._interrupts += 1
             if self._interrupts > 1:
                 raise KeyboardInterrupt
+        if self._heeds_at_once:
+            raise Stopped
 
 
 @contextmanager

@@ -119,6 +119,11 @@ def load_newest_snapshot(folder: Path) -> Snapshot | None:
     return None
 
 
+def has_snapshot(folder: Path) -> bool:
+    """Whether there is a snapshot, damaged or not: `load_newest_snapshot` then returns one or raises."""
+    return bool(_candidates(folder))
+
+
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     if "__metadata__" in tensors:
         raise ValueError("A tensor must not be named '__metadata__', which safetensors reserves; rename it.")

@@ -14,6 +14,11 @@ InitChoice = Literal["auto", "paper", "model"]
 PenaltyChoice = float | Literal["auto"]
 WidthChoice = int | Literal["auto"]
 
+PAPER_TOKENS = 480_000_000
+"""Tokens that the paper trains on (papers.md 1.4)."""
+PAPER_WARMUP = 5000 * 4096
+"""Tokens of the paper's warm-up: 5,000 steps, which are 4.27 % of its tokens (papers.md 1.4)."""
+
 
 class Settings(NamedTuple):
     """One value of each setting that may have several: the axes of the grid beside layer, kind, k and seed."""
@@ -106,7 +111,7 @@ class TrainConfig:
     schedule: Literal["constant", "linear"] = "constant"
     """What the learning rate does after warm-up: stay, or fall linearly to nothing."""
     warmup_tokens: int | Literal["auto"] = "auto"
-    """Tokens of linear warm-up; auto is 4% of all tokens, at most 5,000 steps of 4,096."""
+    """Tokens of linear warm-up; auto is 4% of all tokens, and 5,000 steps of 4,096 from the paper's 480M tokens on."""
     weight_decay: float = 0.0
     """AdamW's weight decay."""
     clip: float | None = None
@@ -143,6 +148,13 @@ class TrainConfig:
     """Threads of the CPU; all cores by default."""
     recipe: str | None = None
     """Recipe whose values hold wherever none is given here; `--recipe list` shows them all."""
+
+    @property
+    def warmup(self) -> int:
+        """Tokens of linear warm-up, `auto` resolved."""
+        if isinstance(self.warmup_tokens, int):
+            return self.warmup_tokens
+        return PAPER_WARMUP if self.tokens >= PAPER_TOKENS else self.tokens // 25
 
     def __post_init__(self) -> None:
         for name in ("layer", "kind", "k", "text", *Settings._fields):
@@ -187,6 +199,11 @@ class TrainConfig:
         for name, value in {"seed": self.seed, "warmup-tokens": self.warmup_tokens}.items():
             if isinstance(value, int) and value < 0:
                 raise ValueError(f"{name} must be at least 0; got {value}.")
+        if self.seed + self.seeds > 2**63:
+            raise ValueError(
+                f"seed and the seeds that follow it must lie below 2**63; got {self.seed} and {self.seeds} of them. "
+                "Choose a smaller --seed."
+            )
         if isinstance(self.warmup_tokens, int) and self.warmup_tokens > self.tokens:
             raise ValueError(f"warmup-tokens must be at most tokens, {self.tokens}; got {self.warmup_tokens}.")
         for name, value in {"weight-decay": self.weight_decay, "aux-coefficient": self.aux_coefficient}.items():

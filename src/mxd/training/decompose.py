@@ -1,6 +1,7 @@
 """From a configuration to a finished run: model, text, students, training, saved layers."""
 
 import importlib.metadata
+import logging
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import fields, replace
@@ -11,15 +12,15 @@ import torch
 
 from mxd.atomic import JSON
 from mxd.bundled import held_out_modules
-from mxd.checkpoint import Provenance, load_checkpoint, save_layer
+from mxd.checkpoint import Checkpoint, Provenance, load_checkpoint, save_layer
 from mxd.data.prefetch import Prefetch
 from mxd.data.text import open_text
 from mxd.data.tokens import open_tokens
+from mxd.edits import edits_of, with_edits
 from mxd.kernels.backends import VARIABLE, chosen_backend, using_backend
-from mxd.layers import SparseLayer
 from mxd.models import MlpSite, find_mlp, load_language_model, mlp_weights
 from mxd.runs.run import create_run, is_finished, is_run, locked, mark_finished, reopen_run
-from mxd.runs.snapshots import SnapshotError
+from mxd.runs.snapshots import SnapshotError, has_snapshot
 from mxd.training.config import TrainConfig
 from mxd.training.grid import StudentPlan, plan_students
 from mxd.training.normalization import fold_input_normalization_, require_foldable
@@ -28,6 +29,8 @@ from mxd.training.resources import Resources, resolve_device, resolve_resources,
 from mxd.training.streams import activation_stream, open_cache, start_from_activations
 from mxd.training.student import Student, StudentConfig
 from mxd.training.train import SinkOpener, TrainingFault, train
+
+logger = logging.getLogger(__name__)
 
 KEPT_ON_RESUME = ("precision", "model_precision", "kernels", "threads")
 """What a resumed run computes with as it began, whatever this machine would choose now."""
@@ -55,6 +58,8 @@ def make_plan(config: TrainConfig, stored: Mapping[str, JSON] | None = None) -> 
     sites = {layer: find_mlp(cast(torch.nn.Module, model), layer, config.module) for layer in config.layer}
     students = plan_students(config, sites)
     _check_beginnings(config, students, sites)
+    # A run goes on from its snapshots: what it began from need not be there any more.
+    sources = _sources(config, students) if stored is None else cast(Mapping[str, str], stored.get("sources", {}))
     require_context(model, config.context)
     text = open_text(
         config.text,
@@ -87,6 +92,7 @@ def make_plan(config: TrainConfig, stored: Mapping[str, JSON] | None = None) -> 
         tokens=tokens,
         students=students,
         cache=cache,
+        sources=sources,
     )
 
 
@@ -106,7 +112,7 @@ def decompose(
         ValueError: If `out` exists and `resume` is not set, or holds a run of another configuration.
         TrainingFault: If a number is not finite, or the run's files cannot be written.
         SnapshotError: If a snapshot cannot be written.
-        TrainingInterrupted: If a signal stopped the run; a snapshot was written.
+        TrainingInterrupted: If a signal stopped the run; a snapshot was written, unless no step was made.
     """
     description = plan.description()
     if resume and is_run(out):
@@ -136,10 +142,14 @@ def decompose(
 def _train_and_save(plan: Plan, out: Path, snapshot_every: float, sinks: Sequence[SinkOpener]) -> None:
     torch.set_num_threads(plan.resources.threads)
     stream = activation_stream(plan)
-    students = [_student(plan, student) for student in plan.students]
-    if plan.config.normalize_input or plan.config.output_bias == "mean":
+    # A snapshot holds all weights and normalisations: what they began from is neither read nor computed again.
+    begins = not has_snapshot(out / "snapshots")
+    students = [_student(plan, student, begins=begins) for student in plan.students]
+    if begins and (plan.config.normalize_input or plan.config.output_bias == "mean"):
         start_from_activations(plan, students)
     with ExitStack() as stack:
+        # So that the plan can be trained again: its text then begins where it began.
+        stack.callback(plan.tokens.restore, plan.tokens.state())
         stack.enter_context(using_backend(plan.resources.kernels))
         train(
             students,
@@ -201,8 +211,23 @@ def _check_beginnings(config: TrainConfig, students: Sequence[StudentPlan], site
     for student in students:
         if config.normalize_input:
             require_foldable([student.skeleton()])
-        if config.init_from is not None:
-            _initial_layer(Path(config.init_from), student)
+
+
+def _sources(config: TrainConfig, students: Sequence[StudentPlan]) -> dict[str, str]:
+    """Return the digests of the weights that students take from another run, checked."""
+    if config.init_from is None:
+        return {}
+    found: dict[str, str] = {}
+    for student in students:
+        checkpoint = _initial_layer(Path(config.init_from), student)
+        found[student.name] = checkpoint.weights_sha256
+        if edits_of(checkpoint.layer):
+            logger.warning(
+                "%s/layers/%s is edited; training begins from its weights, without the edits.",
+                config.init_from,
+                student.name,
+            )
+    return found
 
 
 def _takes_over(config: TrainConfig, student: StudentPlan) -> bool:
@@ -223,13 +248,20 @@ def _check_taking_over(config: TrainConfig, student: StudentPlan, site: MlpSite)
         )
 
 
-def _student(plan: Plan, student: StudentPlan) -> Student:
+def _student(plan: Plan, student: StudentPlan, *, begins: bool = True) -> Student:
     config = plan.config
     network = student.build()
-    if _takes_over(config, student):
+    if begins and _takes_over(config, student):
         network.begin_from(mlp_weights(plan.sites[student.layer]))
-    if config.init_from is not None:
-        network = _initial_layer(Path(config.init_from), student)
+    if begins and config.init_from is not None:
+        checkpoint = _initial_layer(Path(config.init_from), student)
+        known = plan.sources.get(student.name, checkpoint.weights_sha256)
+        if checkpoint.weights_sha256 != known:
+            raise ValueError(
+                f"{config.init_from}/layers/{student.name} must hold the weights that the run was started from, "
+                f"SHA-256 {known}; got {checkpoint.weights_sha256}. Restore them, or name another --out."
+            )
+        network = with_edits(checkpoint.layer, ()).float()
     return Student(
         student.id,
         student.layer,
@@ -250,9 +282,10 @@ def _student(plan: Plan, student: StudentPlan) -> Student:
     )
 
 
-def _initial_layer(run: Path, student: StudentPlan) -> SparseLayer:
+def _initial_layer(run: Path, student: StudentPlan) -> Checkpoint:
     folder = run / "layers" / str(student.layer) / student.id
-    layer = load_checkpoint(folder).layer
+    checkpoint = load_checkpoint(folder)
+    layer = checkpoint.layer
     if layer.config != student.network:
         differing = [
             field.name
@@ -263,7 +296,7 @@ def _initial_layer(run: Path, student: StudentPlan) -> SparseLayer:
             f"{folder} must have the configuration of {student.id} to begin from; {', '.join(differing) or 'its kind'} "
             "differ. Ask for the same sizes, or begin without --init-from."
         )
-    return layer.float()
+    return checkpoint
 
 
 def _provenance(plan: Plan, student: StudentPlan) -> Provenance:

@@ -46,6 +46,11 @@ class StudentPlan:
     """What it is charged for the variance that its shared expert carries; None where there is none."""
 
     @property
+    def name(self) -> str:
+        """The student's name within its run: `<layer>/<id>`."""
+        return f"{self.layer}/{self.id}"
+
+    @property
     def settings(self) -> StudentSettings:
         """What may set it apart from its siblings."""
         return settings_of(

@@ -80,9 +80,9 @@ def _is_transpose(weight: Tensor) -> bool:
 
 
 ROWS_AT_ONCE = 512
-"""Rows of a table whose gradients are projected together, which takes half as long as one einsum at GPT-2's shape. In
-one pass over blocks with AdamW and renormalisation, another 4 ms of a step's 690 would go, for an optimiser of our own
-(benchmarks/kernels.py)."""
+"""Rows of a table whose gradients are projected together on a CPU, which takes half as long as one einsum at GPT-2's
+shape. In one pass over blocks with AdamW and renormalisation, another 4 ms of a step's 690 would go, for an optimiser
+of our own (benchmarks/kernels.py). Elsewhere each block would be a few launches more, so the whole table is taken."""
 
 
 @torch.no_grad()
@@ -94,7 +94,8 @@ def project_gradients_(tables: Iterable[nn.Parameter]) -> None:
     for table in tables:
         if table.grad is not None:
             # In blocks, so that the products of gradient and row are summed before they leave the cache.
-            for gradient, rows in zip(table.grad.split(ROWS_AT_ONCE), table.split(ROWS_AT_ONCE), strict=True):
+            at_once = ROWS_AT_ONCE if table.device.type == "cpu" else len(table)
+            for gradient, rows in zip(table.grad.split(at_once), table.split(at_once), strict=True):
                 along = (gradient * rows).sum(1, keepdim=True)
                 gradient.addcmul_(rows, along, value=-1)
 

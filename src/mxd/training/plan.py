@@ -39,6 +39,8 @@ class Plan:
     """What is trained."""
     cache: ActivationCache | None
     """Where activations are kept; None where the model runs for every batch."""
+    sources: Mapping[str, str]
+    """SHA-256 of the weights that each student begins from, by its name, where they are another run's."""
 
     @property
     def steps(self) -> int:
@@ -48,10 +50,7 @@ class Plan:
     @property
     def schedule(self) -> Schedule:
         """Learning rate over the steps."""
-        warmup = self.config.warmup_tokens
-        if isinstance(warmup, str):
-            warmup = min(self.config.tokens // 25, 5000 * 4096)
-        steps = -(-warmup // self.config.batch_tokens)
+        steps = -(-self.config.warmup // self.config.batch_tokens)
         return Schedule(steps=self.steps, warmup_steps=steps, shape=self.config.schedule)
 
     @property
@@ -63,6 +62,8 @@ class Plan:
         """Return what run.json says: configuration, what was resolved, versions and identities."""
         versions = {name: importlib.metadata.version(name) for name in ("mxd", "torch", "transformers")}
         model = self.language_model
+        # Absent where there are none, as in the run.json of older runs.
+        sources: dict[str, JSON] = {"sources": dict(self.sources)} if self.sources else {}
         return {
             "config": cast(JSON, asdict(self.config)),
             "resources": cast(JSON, asdict(self.resources)),
@@ -75,6 +76,7 @@ class Plan:
             "cache": self._cache_description(),
             "modules": {str(layer): site.path for layer, site in self.sites.items()},
             "students": [cast(JSON, asdict(plan)) for plan in self.students],
+            **sources,
             "steps": self.steps,
             "versions": {"python": sys.version.split()[0], **versions},
         }

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from mxd.kernels import dots
 from mxd.layers import SparseCode, SparseLayer, SparseLayerOutput
 from mxd.losses import dead_latent_loss, distillation_loss, l1_penalty, shared_energy
 from mxd.training.normalization import InputNormalization
@@ -132,7 +133,12 @@ class Student:
         lr_factor: float,
         autocast: torch.dtype | None,
     ) -> None:
-        """Learn from one batch; nothing is read back from the device, but by the loss that revives dead latents."""
+        """Learn from one batch.
+
+        A step waits for the device where a size depends on what was computed there: codes that vary in width
+        (batch-topk and l1), how many tokens name each transform of a molt, and which latents are dead. Otherwise
+        nothing is read back.
+        """
         if self.network.reads == "output":
             x = target
         if self.normalization is not None:
@@ -166,15 +172,18 @@ class Student:
             output = self._output(x, k)
             loss = self.loss(output, target)
             if self.config.l1_coefficient:
-                lengths = self.network.latent_lengths()[output.code.indices]
-                loss = loss + self.config.l1_coefficient * l1_penalty(output.code.values, lengths)
+                loss = loss + self.config.l1_coefficient * l1_penalty(output.code.values, self._lengths_of(output.code))
             if self.config.shared_penalty:
                 shared = output.prediction.float() - self.network.carried(x, output.code).float()
                 loss = loss + self.config.shared_penalty * shared_energy(shared, target.float())
-            if dead is not None and len(dead) > 0:
-                loss = loss + self.config.aux_coefficient * self._dead_latent_loss(dead, x, target, output)
         loss = loss * (len(x) / batch_tokens)
         loss.backward()
+        if dead is not None and len(dead) > 0:
+            with torch.autocast(x.device.type, autocast, enabled=autocast is not None):
+                revival = self.config.aux_coefficient * self._dead_latent_loss(dead, x, target, output)
+            # What all latents share would otherwise be bent towards the dead ones by as much.
+            revival.backward(inputs=self.network.latent_parameters())
+            loss = loss + revival
         return output, loss.detach()
 
     def _output(self, x: Tensor, k: int) -> SparseLayerOutput:
@@ -182,6 +191,11 @@ class Student:
             return self.network(x)
         code = self.network.encode_at(x, k)
         return SparseLayerOutput(self.network.decode(x, code), code)
+
+    def _lengths_of(self, code: SparseCode) -> Float[Tensor, "tokens k"]:
+        lengths = self.network.latent_lengths()
+        # Plain indexing adds up its gradient in whatever order threads run.
+        return dots(lengths.new_ones(len(code.indices), 1), code.indices, lengths[:, None])
 
     def _dead_latents(self, tokens: int) -> Int[Tensor, " dead"]:
         return (tokens - self._last_fired >= self.config.dead_tokens).nonzero().squeeze(1)
