@@ -1,7 +1,6 @@
 """What was tried for a layer that is faithful and specialised at once: every candidate on one MLP, one after the other.
 
-    python benchmarks/method_candidates.py --model DIR --text FILE --layer 2
-    python benchmarks/method_candidates.py --model DIR --text FILE --layer 2 --tokens 1M --only transcoder shared-.1
+    python benchmarks/method_candidates.py --model DIR --text FILE --layer 2 --tokens 2M [--only wide-.1 transcoder]
 
 DIR is stories260K (a Llama of 260 thousand parameters, MIT licence) in Hugging Face's layout, FILE a sample of
 TinyStories; others will do. Candidates have the parameters of a transcoder of expansion 32, see the same batches, and
@@ -276,9 +275,10 @@ def train(method: Method, layer: SparseLayer, task: Task) -> None:
     plan, k, lr, context = task.plan, task.k, task.lr, task.contexts.shape[1]
     if method.shared_rate == "frozen encoder":
         cast(SharedTranscoder, layer).encoder.requires_grad_(False)
-    slow = layer.inherited() if method.model_start and method.shared_rate != "full" else ()
-    learning, slow = ([weight for weight in group if weight.requires_grad] for group in (layer.parameters(), slow))
-    optimizer, tables = adamw(learning, lr, 0.0, inherited=slow), layer.unit_length_tables()
+    slow = ("encoder.", "W_shared") if isinstance(layer, SharedTranscoder) and method.shared_rate != "full" else ()
+    named, tables = [pair for pair in layer.named_parameters() if pair[1].requires_grad], layer.unit_length_tables()
+    groups = [(rate, [w for name, w in named if name.startswith(slow) == (rate < 1)]) for rate in (0.25, 1.0)]
+    optimizers = [(rate, adamw(weights, lr, 0.0)) for rate, weights in groups if weights]
     generator, direction = torch.Generator().manual_seed(plan.config.seed), torch.ones(task.site.d_out)
     rows = shuffled(len(task.x), plan.config.batch_tokens, generator)
     contexts = shuffled(len(task.contexts), plan.config.batch_tokens // context, generator)
@@ -303,9 +303,9 @@ def train(method: Method, layer: SparseLayer, task: Task) -> None:
             loss = loss + method.penalty * shared_energy(base, target)
         loss.backward()
         project_gradients_(tables)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * plan.schedule.factor(step) * group["share"]
-        optimizer.step()
+        for rate, optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = lr * plan.schedule.factor(step) * rate
+            optimizer.step()
         layer.zero_grad(set_to_none=True)
         renormalize_(tables)
 

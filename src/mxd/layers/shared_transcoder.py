@@ -143,10 +143,6 @@ class SharedTranscoder(SparseLayer):
             self.W_shared.zero_()[: len(mlp.W_dec)].copy_(mlp.W_dec)
             self.b_dec.copy_(mlp.b_dec)
 
-    def inherited(self) -> tuple[nn.Parameter, ...]:
-        """Return the weights of the shared expert, which begin near their place."""
-        return (*self.encoder.parameters(), self.W_shared)
-
     def atom_rows(self, latent: int) -> AtomRows:
         """Return the latent's decoder row."""
         return AtomRows(self.W_dec, latent, latent + 1)

@@ -185,10 +185,6 @@ class SparseLayer(nn.Module, ABC):
         """
         raise ValueError(f"init must be paper for {self.kind}, which has no weights in common with an MLP; got model.")
 
-    def inherited(self) -> tuple[nn.Parameter, ...]:
-        """Return the weights that begin near their place where they begin as the MLP's, and so learn more slowly."""
-        return ()
-
     def unit_length_tables(self) -> tuple[nn.Parameter, ...]:
         """Return the tables whose rows training keeps at unit length: none for most kinds."""
         return ()

@@ -241,7 +241,7 @@ def _check_taking_over(config: TrainConfig, student: StudentPlan, site: MlpSite)
             f"activation must be the model's own, {site.activation}, for {student.kind} to begin as its MLP; "
             f"got {asked}. Leave --activation at auto, or begin with --init paper."
         )
-    if config.output_bias == "mean" and student.skeleton().inherited():
+    if config.output_bias == "mean" and student.shared_penalty is not None:
         raise ValueError(
             f"output-bias must be zeros where {student.kind} begins with init model, which brings the MLP's own; "
             "got mean. Leave it at zeros, or begin with --init paper."

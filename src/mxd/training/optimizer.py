@@ -34,32 +34,18 @@ class Schedule:
         return min(warmup, (self.steps - step) / max(1, self.steps - self.warmup_steps))
 
 
-INHERITED_RATE = 0.25
-"""Share of the learning rate at which weights learn that began as the model's own: at the full rate the first steps
-take them further from their place than they then come back (docs/method.md)."""
-
-
-def adamw(
-    parameters: Iterable[nn.Parameter], lr: float, weight_decay: float, *, inherited: Iterable[nn.Parameter] = ()
-) -> torch.optim.AdamW:
+def adamw(parameters: Iterable[nn.Parameter], lr: float, weight_decay: float) -> torch.optim.AdamW:
     """Return AdamW with its default betas, fused into one pass over each weight in the order of its memory.
-
-    Each group of parameters has a `share` of the learning rate: those that are `inherited` from the model learn at
-    `INHERITED_RATE`.
 
     A gate's columns are contiguous in memory: its transpose is the plain tensor. Fused AdamW first copies the gradient
     of a weight that is not plain, which takes three times as long as the step itself, so it is handed the transposes of
     such weights, which share their memory, and of their gradients. So weights must stay where they are, and the
     gradients are forgotten by the network's `zero_grad`, not by the optimiser's.
     """
-    slow = {id(weight) for weight in inherited}
-    own = sorted(parameters, key=lambda weight: id(weight) in slow)
+    own = list(parameters)
     seen = [weight.detach().t() if _is_transpose(weight) else weight for weight in own]
     transposes = [pair for pair in zip(own, seen, strict=True) if pair[0] is not pair[1]]
-    fast = len(own) - len(slow)
-    groups = [{"params": seen[:fast], "share": 1.0}, {"params": seen[fast:], "share": INHERITED_RATE}]
-    kept = [group for group in groups if group["params"]]
-    optimizer = torch.optim.AdamW(kept, lr=lr, weight_decay=weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(seen, lr=lr, weight_decay=weight_decay, fused=True)
 
     def hand_over(*_: object) -> None:
         for weight, transpose in transposes:

@@ -63,7 +63,7 @@ class StudentConfig:
     l1_coefficient: float = 0.0
     """Weight of the L1 penalty on the code; 0 leaves it out."""
     inherits: bool = False
-    """Whether the layer begins with weights of the model's MLP, which then learn more slowly."""
+    """Whether the layer begins with weights of the model's MLP."""
     shared_penalty: float = 0.0
     """What is charged for the variance that no latent carries, about the mean of the pass's tokens; 0 charges
     nothing."""
@@ -105,8 +105,7 @@ class Student:
         self.config = config
         self.normalization = normalization
         self.loss = loss
-        inherited = network.inherited() if config.inherits else ()
-        self.optimizer = adamw(network.parameters(), config.lr, config.weight_decay, inherited=inherited)
+        self.optimizer = adamw(network.parameters(), config.lr, config.weight_decay)
         device = next(network.parameters()).device
         self._last_fired: Int[Tensor, " num_latents"]
         self._last_fired = torch.zeros(network.config.num_latents, dtype=torch.long, device=device)
@@ -156,7 +155,7 @@ class Student:
         if self.config.clip is not None:
             torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.config.clip)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.config.lr * lr_factor * group["share"]
+            group["lr"] = self.config.lr * lr_factor
         self.optimizer.step()
         self.network.zero_grad(set_to_none=True)
         renormalize_(self.network.unit_length_tables())
