@@ -85,11 +85,11 @@ class _Asked:
     tokens: int | None
     together: bool
 
-    def wanted(self, description: Mapping[str, Any]) -> EvaluationIdentity | None:
+    def wanted(self, run: Path, description: Mapping[str, Any]) -> EvaluationIdentity | None:
         """Return what a run's evaluation must have been made on; None where any on the run's own text will do."""
         if not self.text and self.tokens is None:
             return None
-        return foresee_identity(description, self.text, self.tokens)
+        return foresee_identity(run, description, self.text, self.tokens)
 
     def file(self, run: Path, wanted: EvaluationIdentity | None) -> Path:
         """Return where a run's evaluation is kept; one on other text stands beside that on the run's own."""
@@ -129,7 +129,7 @@ def compare_runs(
     for run, students in zip(runs, places, strict=True):
         if together:
             settings_together(run, students)
-    wanted = [asked.wanted(description) for description in descriptions]
+    wanted = [asked.wanted(run, description) for run, description in zip(runs, descriptions, strict=True)]
     found = [
         _reusable(asked, run, description, students, identity)
         for run, description, students, identity in zip(runs, descriptions, places, wanted, strict=True)
@@ -138,8 +138,8 @@ def compare_runs(
         identities = [
             _without_edits(there.identity)
             if isinstance(there, StoredEvaluation)
-            else ahead or foresee_identity(description, (), None)
-            for there, ahead, description in zip(found, wanted, descriptions, strict=True)
+            else ahead or foresee_identity(run, description, (), None)
+            for run, there, ahead, description in zip(runs, found, wanted, descriptions, strict=True)
         ]
         _require_alike(runs, identities)
     stored: list[StoredEvaluation] = []

@@ -19,8 +19,6 @@ from rich.progress import Progress
 from torch import Tensor, nn
 
 from mxd.atomic import JSON
-from mxd.bundled import held_out_modules
-from mxd.data.text import open_text
 from mxd.data.tokenization import token_pieces
 from mxd.data.tokens import HeldOut, content_positions, held_out_contexts, packed_contexts, special_tokens
 from mxd.evaluation.collect import LatentStatistics
@@ -28,7 +26,7 @@ from mxd.evaluation.curves import read_curves
 from mxd.evaluation.faithfulness import vocabulary
 from mxd.evaluation.grid import frontier_points
 from mxd.evaluation.interactive import frontier_data
-from mxd.evaluation.opening import load_run_model, read_finished_run
+from mxd.evaluation.opening import load_run_model, open_run_text, read_finished_run
 from mxd.evaluation.record import EVALUATION_FILE, read_record
 from mxd.evaluation.students import TrainedStudent, load_students
 from mxd.explorer.code_store import BYTES_AN_ENTRY, CodeStore
@@ -87,7 +85,7 @@ def collect(run: Path, database: Path, config: CollectConfig, console: Console |
     began = time.monotonic()
     with new_database(database, identity) as connection:
         language_model = load_run_model(run, description, config.device)
-        held_out, name = _text(description, language_model, config)
+        held_out, name = _text(run, description, language_model, config)
         with _scratch(database) as folder:
             collection = _Collection(language_model, description, students, held_out, folder)
             collection.read(console)
@@ -222,16 +220,12 @@ class _Collection:
         write_student(connection, gatherer.number, name, facts, map_data(connection, gatherer.number))
 
 
-def _text(description: dict[str, Any], language_model: LanguageModel, config: CollectConfig) -> tuple[HeldOut, str]:
+def _text(
+    run: Path, description: dict[str, Any], language_model: LanguageModel, config: CollectConfig
+) -> tuple[HeldOut, str]:
     """Return the text as contexts, and what to call it."""
     settings = description["config"]
-    source = open_text(
-        list(config.text) or settings["text"],
-        text_field=settings["text_field"],
-        split=settings["split"],
-        revision=None if config.text else description["text"]["revision"],
-        held_out_modules=held_out_modules(),
-    )
+    source = open_run_text(run, description, config.text)
     num_tokens = settings["eval_tokens"] if config.tokens is None else config.tokens
     sizes: dict[str, int] = {"context": settings["context"], "num_tokens": num_tokens}
     sizes["vocab_size"] = vocabulary(cast("nn.Module", language_model.model))
