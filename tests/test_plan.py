@@ -16,7 +16,7 @@ from mxd.cli import demo as demo_command
 from mxd.data.activation_cache import ActivationCache, CacheIdentity
 from mxd.data.activations import ActivationStream
 from mxd.models import MlpPair, load_language_model
-from mxd.runs.run import is_finished
+from mxd.runs.run import create_run, is_finished, locked
 from mxd.training import decompose as decomposing
 from mxd.training import streams
 from mxd.training.config import TrainConfig
@@ -92,6 +92,34 @@ def test_the_demo_replaces_a_demo_and_no_other_run(tmp_path: Path) -> None:
     (tmp_path / "other/run.json").write_text("{}")
     with pytest.raises(ValueError, match="must be an earlier demo to be replaced"):
         demo_command._require_demo(tmp_path / "other")
+
+
+def test_a_demo_leaves_the_folder_of_one_that_is_at_work_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "run"
+    create_run(out, {"config": json.loads(json_text(asdict(demo_command.DEMO)))})
+    entered: list[Path] = []
+
+    def planned(config: TrainConfig) -> Any:
+        return SimpleNamespace(students=[])
+
+    def second(plan: object, folder: Path) -> None:
+        entered.append(folder)
+        (folder / "work").mkdir(parents=True)
+        with pytest.raises(ValueError, match=r"^another mxd demo is at work in .*run; wait for it"):
+            demo_command.demo(out)
+        assert (folder / "work").is_dir()
+        raise TrainingInterrupted("SIGINT")
+
+    monkeypatch.setattr(demo_command, "make_plan", planned)
+    monkeypatch.setattr(demo_command, "decompose", second)
+    with locked(out), pytest.raises(ValueError, match="another process is training in"):
+        demo_command.demo(out)
+    assert (out / "run.json").is_file()
+    assert entered == []
+    with pytest.raises(TrainingInterrupted):
+        demo_command.demo(out)
+    assert entered == [out]
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_an_interrupted_demo_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

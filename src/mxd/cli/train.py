@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mxd.bundled import MODEL_NAME
+from mxd.memory import available_memory
 from mxd.recipes import RECIPES, find_recipe
 from mxd.runs.metrics_log import TensorBoardSink, WandbSink
 from mxd.runs.run import is_finished, is_run, read_configuration, reopen_run
@@ -32,7 +33,6 @@ from mxd.training.estimate import (
     require_memory,
     shape_workload,
 )
-from mxd.training.machine import available_memory
 from mxd.training.shapes import ModelShape
 from mxd.training.streams import announcement
 from mxd.training.train import SinkOpener, TrainingInterrupted

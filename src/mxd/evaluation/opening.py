@@ -13,9 +13,9 @@ from mxd.bundled import held_out_modules
 from mxd.data.text import TextSource, open_text
 from mxd.data.tokenization import Tokenizer
 from mxd.data.tokens import HeldOut, held_out_contexts, special_tokens
-from mxd.evaluation.faithfulness import EvaluationText, vocabulary
+from mxd.evaluation.faithfulness import EvaluationText
 from mxd.evaluation.record import EvaluationIdentity, identify
-from mxd.models import LanguageModel, fingerprint, load_language_model, load_tokenizer
+from mxd.models import LanguageModel, fingerprint, load_language_model, load_tokenizer, vocabulary_size
 from mxd.runs.run import is_finished, read_configuration
 
 _DESCRIBED = {
@@ -105,7 +105,7 @@ def open_run(
     source = open_run_text(run, description, text)
     language_model = load_run_model(run, description, device)
     model = cast("nn.Module", language_model.model)
-    held_out = _held_out(source, config, language_model.tokenizer, vocabulary(model), tokens)
+    held_out = _held_out(source, config, language_model.tokenizer, vocabulary_size(model), tokens)
     return OpenedRun(
         language_model=language_model,
         held_out=held_out,

@@ -23,7 +23,6 @@ from mxd.data.tokenization import token_pieces
 from mxd.data.tokens import HeldOut, content_positions, held_out_contexts, packed_contexts, special_tokens
 from mxd.evaluation.collect import LatentStatistics
 from mxd.evaluation.curves import read_curves
-from mxd.evaluation.faithfulness import vocabulary
 from mxd.evaluation.grid import frontier_points
 from mxd.evaluation.interactive import frontier_data
 from mxd.evaluation.opening import load_run_model, open_run_text, read_finished_run
@@ -35,7 +34,7 @@ from mxd.explorer.directions import INPUTS_KEPT, LogitMap, TopInputs, logit_map
 from mxd.explorer.profiles import TextTokens, latents_at_once, profile
 from mxd.explorer.rows import BlockRows, directions_of, map_data, student_facts
 from mxd.layers import SparseCode
-from mxd.models import LanguageModel, mlp_pairs
+from mxd.models import LanguageModel, mlp_pairs, vocabulary_size
 from mxd.runs.metrics_log import read_metrics
 from mxd.runs.progress import TrainingProgress
 
@@ -188,7 +187,7 @@ class _Collection:
 
     def _tokens(self) -> TextTokens:
         content = content_positions(self._contexts, self._special)
-        occurrences = torch.bincount(self._contexts[content], minlength=max(vocabulary(self._model), 1))
+        occurrences = torch.bincount(self._contexts[content], minlength=max(vocabulary_size(self._model), 1))
         return TextTokens(self._contexts.flatten().numpy(), self._contexts.shape[1], occurrences.numpy())
 
     def _write_text(self, connection: sqlite3.Connection, text: TextTokens) -> None:
@@ -228,7 +227,7 @@ def _text(
     source = open_run_text(run, description, config.text)
     num_tokens = settings["eval_tokens"] if config.tokens is None else config.tokens
     sizes: dict[str, int] = {"context": settings["context"], "num_tokens": num_tokens}
-    sizes["vocab_size"] = vocabulary(cast("nn.Module", language_model.model))
+    sizes["vocab_size"] = vocabulary_size(cast("nn.Module", language_model.model))
     if not config.text:
         return held_out_contexts(source, language_model.tokenizer, **sizes), f"{source.name}, held-out documents"
     documents = itertools.chain(source.documents(held_out=True), source.documents(held_out=False))

@@ -99,6 +99,11 @@ def require_device(device: str | torch.device) -> None:
         ) from error
 
 
+def vocabulary_size(model: Any) -> int:
+    """Return the number of token ids that a language model can read."""
+    return int(model.get_input_embeddings().weight.shape[0])
+
+
 def fingerprint(model: nn.Module) -> str:
     """Return a digest of the names, shapes, types and a few entries of all weights: cheap, and other models differ."""
     digest = hashlib.sha256()
