@@ -32,7 +32,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mxd.atomic import canonical_json, partial_path, sync_file, sync_folder, write_json_atomically
+from mxd.atomic import canonical_json, partial_path, settle_file, sync_folder, write_json_atomically
 from mxd.data.tokens import TokenPosition, TokenStream
 from mxd.locks import in_turn
 from mxd.models import MlpPair
@@ -299,9 +299,7 @@ class ActivationCache:
         try:
             path.parent.mkdir(exist_ok=True)
             save_file(tensors, partial, metadata={"mxd": canonical_json(described)})
-            # safetensors makes the file readable by its owner alone, whatever the umask says.
-            partial.chmod(path.parent.stat().st_mode & 0o666)
-            sync_file(partial)
+            settle_file(partial)
             partial.replace(path)
             sync_folder(path.parent)
             self._verified.add(path)

@@ -12,7 +12,15 @@ from torch import Tensor
 
 from mxd.data.documents import Document
 from mxd.data.text import LocalText, TextSource
-from mxd.data.tokenization import Tokenizer, bos_token, cached_training_tokens, encoded_documents, eos_token, pad_token
+from mxd.data.tokenization import (
+    Tokenizer,
+    bos_token,
+    cached_training_tokens,
+    decode_tokens,
+    encoded_documents,
+    eos_token,
+    pad_token,
+)
 
 
 class TokenPosition(NamedTuple):
@@ -355,7 +363,9 @@ def _num_bytes(contexts: Int[Tensor, "n context"], tokenizer: Tokenizer) -> int:
     runs = [scored.flatten()] if bos_token(tokenizer) is not None else list(scored)
     added = {bos_token(tokenizer), eos_token(tokenizer)}
     return sum(
-        len(str(tokenizer.decode([token for token in run.tolist() if token not in added])).encode("utf-8", "replace"))
+        len(
+            decode_tokens(tokenizer, [token for token in run.tolist() if token not in added]).encode("utf-8", "replace")
+        )
         for run in runs
     )
 
