@@ -68,7 +68,7 @@ def load_run_model(run: Path, description: Mapping[str, Any], device: str | None
         device: Where to run; the run's own where None.
 
     Raises:
-        ValueError: If the model's weights are others than those that the run was trained on.
+        ValueError: If the model's weights or settings are others than those that the run was trained on.
     """
     config = description["config"]
     dtype = "auto" if config["model_dtype"] == "auto" else getattr(torch, config["model_dtype"])
@@ -80,8 +80,8 @@ def load_run_model(run: Path, description: Mapping[str, Any], device: str | None
     )
     if description["model"]["fingerprint"] != fingerprint(cast("nn.Module", language_model.model)):
         raise ValueError(
-            f"{run} must be evaluated with the model that it was trained on; the weights of {language_model.id} are "
-            "others. Restore that model, or train anew."
+            f"{run} must be evaluated with the model that it was trained on; {language_model.id} has other weights or "
+            "another config.json now, or an older version of mxd wrote the run. Restore that model, or train anew."
         )
     return language_model
 
