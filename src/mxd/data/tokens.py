@@ -348,9 +348,16 @@ def special_tokens(tokenizer: Tokenizer | None) -> frozenset[int]:
 
 
 def content_positions(contexts: Int[Tensor, "n context"], special_ids: Collection[int]) -> Bool[Tensor, "n context"]:
-    """Where the tokens are content: everything that is none of `special_ids`."""
+    """Where the tokens are content: everything that is none of `special_ids`, but for what begins a context.
+
+    That is BOS where the tokenizer has one. Where it has none, models attend to whatever token begins a context as they
+    would to BOS (Xiao et al. 2024, "Efficient Streaming Language Models with Attention Sinks", section 3.1), and its
+    activations, which are unlike all others, would decide every mean.
+    """
     special = torch.tensor(sorted(special_ids), dtype=contexts.dtype, device=contexts.device)
-    return ~torch.isin(contexts, special)
+    content = ~torch.isin(contexts, special)
+    content[:, :1] = False
+    return content
 
 
 def _full_contexts(tokens: int, context: int, bos: int | None) -> int:
