@@ -30,7 +30,7 @@ from harness import RESULTS, machine, write_report
 from mxd.atomic import write_bytes_atomically, write_text_atomically
 from mxd.cli.numbers import parse_count
 from mxd.data.tokens import content_positions, held_out_contexts, special_tokens
-from mxd.evaluation.drawing import MUTED, add_legend, compact, figure, kind_style, png
+from mxd.evaluation.drawing import MUTED, add_legend, figure, kind_style, png
 from mxd.evaluation.faithfulness import EvaluationText, model_losses, replacement
 from mxd.evaluation.specialisation import specialisation
 from mxd.kernels import linear, mix
@@ -41,6 +41,7 @@ from mxd.layers.sizing import transcoder_budget
 from mxd.losses import distillation_loss, shared_energy
 from mxd.metrics import error_sums, kl_divergence
 from mxd.models import capture_mlp, mlp_pairs, mlp_weights, replace_mlp, vocabulary_size
+from mxd.quantities import compact
 from mxd.training.config import TrainConfig
 from mxd.training.decompose import make_plan
 from mxd.training.optimizer import adamw, project_gradients_, renormalize_

@@ -292,19 +292,19 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(
     needed = cache_of(make_plan(cached)).coverage().bytes_missing
     assert needed == 8 * 8 * 16 * (2 * 32 * 4 + 4)
     monkeypatch.setattr(shutil, "disk_usage", Disk(needed))
-    with pytest.raises(ValueError, match=r"needs 266 kB in .*cache and a little more; 266 kB are free: make room"):
+    with pytest.raises(ValueError, match=r"needs 260 KiB in .*cache and a little more; 260 KiB are free: make room"):
         make_plan(cached)
     assert not (tmp_path / "cache").exists()
     monkeypatch.setattr(shutil, "disk_usage", Disk(int(needed * 1.03)))
     plan = make_plan(cached)
-    assert streams.announcement(cache_of(plan)) == (f"cache: 266 kB to write in {tmp_path}/cache (274 kB free)")
+    assert streams.announcement(cache_of(plan)) == (f"cache: 260 KiB to write in {tmp_path}/cache (268 KiB free)")
     decompose(plan, tmp_path / "run")
     monkeypatch.setattr(shutil, "disk_usage", Disk(0))
     assert make_plan(cached).cache is not None, "what is complete needs no room"
     shutil.rmtree(tmp_path / "cache" / "layer-1")
     monkeypatch.setattr(shutil, "disk_usage", Disk(10**9))
     assert streams.announcement(cache_of(make_plan(cached))) == (
-        f"cache: 135 kB to read and 131 kB to write in {tmp_path}/cache (1 GB free)"
+        f"cache: 132 KiB to read and 128 KiB to write in {tmp_path}/cache (954 MiB free)"
     )
 
 
@@ -321,5 +321,5 @@ def test_the_command_announces_what_it_writes_and_refuses_what_is_no_cache(
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "80"}
     ended = subprocess.run([sys.executable, "-m", "mxd", *words], capture_output=True, text=True, env=environment)
     assert ended.returncode == 0
-    assert f"cache: 4.33 MB to write in {tmp_path}/cache (" in ended.stderr
+    assert f"cache: 4.12 MiB to write in {tmp_path}/cache (" in ended.stderr
     assert json.loads((tmp_path / "run" / "run.json").read_text())["resources"]["prefetch"] is False

@@ -17,6 +17,7 @@ from rich.table import Table
 
 from mxd.bundled import MODEL_NAME
 from mxd.memory import available_memory
+from mxd.quantities import gib
 from mxd.recipes import RECIPES, find_recipe
 from mxd.runs.metrics_log import TensorBoardSink, WandbSink
 from mxd.runs.run import is_finished, is_run, read_configuration, reopen_run
@@ -26,7 +27,6 @@ from mxd.training.estimate import (
     EFFICIENCY,
     Workload,
     duration,
-    gib,
     memory,
     operations,
     plan_workload,

@@ -7,7 +7,7 @@ from typing import Any
 
 from mxd.atomic import JSON, write_json_atomically, write_text_atomically
 from mxd.checkpoint import edits_digest
-from mxd.evaluation.drawing import compact, describe
+from mxd.evaluation.drawing import describe
 from mxd.evaluation.evaluate import evaluate_run, report_notes, write_evaluation
 from mxd.evaluation.frontier import draw_frontier
 from mxd.evaluation.frontier_table import markdown_points, markdown_students
@@ -19,6 +19,7 @@ from mxd.evaluation.rows import EvaluationRow
 from mxd.evaluation.siblings import RunRows, beside_each_other
 from mxd.evaluation.students import settings_together, student_places
 from mxd.evaluation.tables import markdown_table
+from mxd.quantities import compact
 from mxd.runs.run import is_run
 
 _NAMES = {

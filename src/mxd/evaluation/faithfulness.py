@@ -131,7 +131,7 @@ class _Judge:
 
     def observe(self, pair: MlpPair, content: Tensor, first_context: int) -> None:
         target = pair.target.float().flatten(0, 1)
-        x = target if self._network.reads == "output" else pair.x.float().flatten(0, 1)
+        x = self._network.given(*pair).float().flatten(0, 1)
         prediction, code = self._network(x)
         kept = content.flatten()
         for name, rows in {"content": kept, "everywhere": torch.ones_like(kept)}.items():

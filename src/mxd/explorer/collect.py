@@ -35,6 +35,7 @@ from mxd.explorer.profiles import TextTokens, latents_at_once, profile
 from mxd.explorer.rows import BlockRows, directions_of, map_data, student_facts
 from mxd.layers import SparseCode
 from mxd.models import LanguageModel, mlp_pairs, vocabulary_size
+from mxd.quantities import gib
 from mxd.runs.metrics_log import read_metrics
 from mxd.runs.progress import TrainingProgress
 
@@ -163,7 +164,7 @@ class _Collection:
                 content = content_positions(contexts, self._special)
                 for gatherer in self._gatherers:
                     pair = pairs[gatherer.student.candidate.layer]
-                    gatherer.observe(pair.target if gatherer.network.reads == "output" else pair.x, content, first)
+                    gatherer.observe(gatherer.network.given(*pair), content, first)
                 done = (first + len(contexts)) * contexts.shape[1]
                 progress.update(
                     done,
@@ -241,8 +242,8 @@ def _require_room(folder: Path, students: Sequence[TrainedStudent], tokens: int)
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise ValueError(
-            f"Collecting needs about {needed / 1e9:.1f} GB beside the database for a while; {folder.parent} has "
-            f"{free / 1e9:.1f} GB. Ask for fewer --tokens or for some --student, or name a --database elsewhere."
+            f"Collecting needs about {gib(needed)} beside the database for a while; {folder.parent} has "
+            f"{gib(free)}. Ask for fewer --tokens or for some --student, or name a --database elsewhere."
         )
 
 

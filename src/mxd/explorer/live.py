@@ -165,7 +165,7 @@ class LiveModel:
             contexts = torch.tensor([ids], device=next(model.parameters()).device)
             pair = mlp_pairs(model, contexts, [layer], module_path=loaded.module_path)[layer]
             network = chosen.candidate.network
-            x = pair.target if network.reads == "output" else pair.x
+            x = network.given(*pair)
             parts, bases = shares(network, x[0].to(network.scorer.weight))
         tokenizer = loaded.language_model.tokenizer
         special = special_tokens(tokenizer)

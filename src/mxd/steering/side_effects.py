@@ -130,7 +130,7 @@ def _fires(
 ) -> Bool[Tensor, "n context"]:
     pair = mlp_pairs(model, contexts, [place.layer], module_path=text.module_path)[place.layer]
     network = with_edits(place.network, ())
-    code = network.encode((pair.target if network.reads == "output" else pair.x).float())
+    code = network.encode(network.given(*pair).float())
     named = torch.isin(code.indices, torch.tensor(latents, dtype=code.indices.dtype, device=code.indices.device))
     return (named & (code.values > 0)).any(-1)
 
