@@ -55,7 +55,9 @@ def separator_token(tokenizer: Tokenizer | None) -> int | None:
     return bos_token(tokenizer) if bos_token(tokenizer) is not None else eos_token(tokenizer)
 
 
-def encode_texts(tokenizer: Tokenizer, texts: Sequence[str], **more: bool) -> Mapping[str, list[list[Any]]]:
+def encode_texts(
+    tokenizer: Tokenizer, texts: Sequence[str], *, return_offsets_mapping: bool = False
+) -> Mapping[str, list[list[Any]]]:
     """Return the token ids of each text as `input_ids`: whole, and without special tokens.
 
     What is written in a text is text. A special token's name in it (`<|endoftext|>`) is these characters and not the
@@ -65,10 +67,10 @@ def encode_texts(tokenizer: Tokenizer, texts: Sequence[str], **more: bool) -> Ma
     Args:
         tokenizer: Turns text into tokens.
         texts: The texts.
-        more: What else the tokenizer is to return, such as `return_offsets_mapping`.
+        return_offsets_mapping: Whether to return as `offset_mapping` which characters each token stands for.
     """
     # MistralCommonBackend refuses it, and takes no text for a special token.
-    plain = {"split_special_tokens": True} if hasattr(tokenizer, "split_special_tokens") else {}
+    plain: dict[str, Any] = {"split_special_tokens": True} if hasattr(tokenizer, "split_special_tokens") else {}
     # verbose=False keeps back the warning that a text is longer than the model's context.
     found = tokenizer(
         list(texts),
@@ -77,9 +79,9 @@ def encode_texts(tokenizer: Tokenizer, texts: Sequence[str], **more: bool) -> Ma
         truncation=False,
         return_attention_mask=False,
         return_token_type_ids=False,
+        return_offsets_mapping=return_offsets_mapping,
         verbose=False,
         **plain,
-        **more,
     )
     return cast("Mapping[str, list[list[Any]]]", found)
 
