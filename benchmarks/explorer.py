@@ -43,12 +43,11 @@ from mxd.bundled import MODEL_NAME
 from mxd.cli.numbers import COUNTS
 from mxd.data.text import open_text
 from mxd.data.tokens import packed_contexts
-from mxd.evaluation.faithfulness import vocabulary
 from mxd.evaluation.opening import load_run_model, read_finished_run
 from mxd.evaluation.students import load_students
 from mxd.explorer.collect import TOKENS_AT_ONCE, CollectConfig, collect
 from mxd.explorer.rows import map_data
-from mxd.models import mlp_pairs
+from mxd.models import mlp_pairs, vocabulary_size
 from mxd.training.config import TrainConfig
 from mxd.training.decompose import decompose, make_plan
 
@@ -101,7 +100,7 @@ def unavoidable(run: Path, tokens: int) -> dict[str, tuple[float, float]]:
     source = open_text(["stdlib"])
     documents = itertools.chain(source.documents(held_out=True), source.documents(held_out=False))
     contexts = packed_contexts(
-        documents, "stdlib", language_model.tokenizer, context=128, num_tokens=tokens, vocab_size=vocabulary(model)
+        documents, "stdlib", language_model.tokenizer, context=128, num_tokens=tokens, vocab_size=vocabulary_size(model)
     ).contexts
     seconds = {"model": [0.0, 0.0], "layer": [0.0, 0.0]}
     with torch.no_grad():

@@ -20,8 +20,9 @@ from mxd.cli.numbers import parse_count
 from mxd.data.text import open_text
 from mxd.data.tokens import held_out_contexts, special_tokens
 from mxd.evaluation.faithfulness import Candidate, EvaluationText, reconstructions
+from mxd.models import vocabulary_size
 from mxd.training.config import TrainConfig
-from mxd.training.decompose import Plan, activation_stream, make_plan, vocabulary_size
+from mxd.training.decompose import Plan, activation_stream, make_plan
 from mxd.training.student import Student, StudentConfig
 from mxd.training.train import train
 

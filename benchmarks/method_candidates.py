@@ -29,8 +29,8 @@ from harness import RESULTS, machine, write_report
 from mxd.atomic import write_bytes_atomically, write_text_atomically
 from mxd.cli.numbers import parse_count
 from mxd.data.tokens import content_positions, held_out_contexts, special_tokens
-from mxd.evaluation.drawing import MUTED, add_legend, compact, figure, kind_style, png
-from mxd.evaluation.faithfulness import EvaluationText, model_losses, replacement, vocabulary
+from mxd.evaluation.drawing import MUTED, add_legend, figure, kind_style, png
+from mxd.evaluation.faithfulness import EvaluationText, model_losses, replacement
 from mxd.evaluation.specialisation import specialisation
 from mxd.kernels import linear, mix
 from mxd.layers import LAYERS, MlpWeights, SharedTranscoder, SharedTranscoderConfig, SparseCode, SparseLayer
@@ -39,7 +39,8 @@ from mxd.layers.initialization import normalize_rows_, uniform, zeros
 from mxd.layers.sizing import transcoder_budget
 from mxd.losses import distillation_loss, shared_energy
 from mxd.metrics import error_sums, kl_divergence
-from mxd.models import capture_mlp, mlp_pairs, mlp_weights, replace_mlp
+from mxd.models import capture_mlp, mlp_pairs, mlp_weights, replace_mlp, vocabulary_size
+from mxd.quantities import compact
 from mxd.training.config import TrainConfig
 from mxd.training.decompose import make_plan
 from mxd.training.optimizer import adamw, project_gradients_, renormalize_
@@ -177,7 +178,7 @@ class Task:
         wanted = max(args.batch_tokens, min(args.tokens, STORED_TOKENS))
         self.contexts = self.plan.tokens.take(math.ceil(wanted / config.context))
         self.x, self.target = self._activations(self.contexts)
-        tokenizer, sizes = self.plan.language_model.tokenizer, {"vocab_size": vocabulary(self.model)}
+        tokenizer, sizes = self.plan.language_model.tokenizer, {"vocab_size": vocabulary_size(self.model)}
         sizes |= {"context": config.context, "num_tokens": HELD_OUT_TOKENS}
         held_out, documents = held_out_contexts(self.plan.text, tokenizer, **sizes)[:2]
         self.text = EvaluationText(contexts=held_out, documents=documents, special_ids=special_tokens(tokenizer))

@@ -23,11 +23,12 @@ import torch
 from torch import nn
 
 from harness import machine, print_table, write_report
-from mxd.evaluation.drawing import add_legend, compact, figure
+from mxd.evaluation.drawing import add_legend, figure
 from mxd.pretraining.config import ImageConfig, PretrainConfig
 from mxd.pretraining.recipes import KINDS, find_recipe
 from mxd.pretraining.run import RESULT_FILE, make_plan, run_plan
 from mxd.pretraining.surgery import find_mlps
+from mxd.quantities import compact
 from mxd.runs.metrics_log import read_metrics
 from mxd.runs.run import is_run, read_configuration
 

@@ -327,7 +327,7 @@ def test_a_disk_that_fails_leaves_whole_shards_only(tmp_path: Path, monkeypatch:
             raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("mxd.data.activation_cache.sync_file", fail)
+        patch.setattr("mxd.data.activation_cache.settle_file", fail)
         with pytest.raises(OSError, match=r"the cache must be written to .*00000001.*No space left"):
             assert_right(open_cache(tmp_path, Model()), 0, 18)
     assert len(files_of(tmp_path)) == 2 + 4

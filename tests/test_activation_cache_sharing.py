@@ -31,7 +31,7 @@ def kill(path):
     if written == 6:
         path.write_bytes(path.read_bytes()[:-100])
         os.kill(os.getpid(), signal.SIGKILL)
-activation_cache.sync_file = kill
+activation_cache.settle_file = kill
 assert_right(open_cache(Path(sys.argv[1]), Model()), 0, 18)
 """
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from mxd.evaluation import continuations
+from mxd.evaluation import continuations, faithfulness
 from mxd.evaluation.continuations import LONGEST, agreement, greedy_continuations, ngram_agreements
 from mxd.evaluation.faithfulness import EvaluationText, Variant
 from mxd.models import ablate_mlp, find_mlp, load_language_model, replace_mlp
@@ -98,7 +98,7 @@ def test_it_does_not_matter_how_prompts_are_batched(
 
     # Some models compute the logits of all positions, whatever they are asked for.
     monkeypatch.setattr(continuations, "_keeps_logits", keeps_none)
-    monkeypatch.setattr(continuations, "LOGITS_AT_ONCE", 259 * 3 * CONTEXT)
+    monkeypatch.setattr(faithfulness, "LOGITS_AT_ONCE", 259 * 3 * CONTEXT)
     assert ngram_agreements(model, variants(model), text) == expected
 
 

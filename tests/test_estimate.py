@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from mxd import memory as host
 from mxd.kernels.backends import using_backend
 from mxd.recipes import find_recipe
 from mxd.training import decompose as decomposing
@@ -235,8 +236,8 @@ def test_memory_is_read_from_the_kernel_and_from_every_control_group(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "meminfo").write_text("MemTotal:  900 kB\nMemAvailable:    700 kB\n")
-    assert machine._available_on_linux(tmp_path / "meminfo") == 700 * 1024
-    assert machine._available_on_linux(tmp_path / "none") is None
+    assert host._available_on_linux(tmp_path / "meminfo") == 700 * 1024
+    assert host._available_on_linux(tmp_path / "none") is None
     group = tmp_path / "groups" / "above" / "own"
     group.mkdir(parents=True)
     (tmp_path / "cgroup").write_text("1:name=systemd:/elsewhere\n0::/above/own\n")
@@ -244,16 +245,16 @@ def test_memory_is_read_from_the_kernel_and_from_every_control_group(
         (folder / "memory.max").write_text(f"{limit}\n")
         (folder / "memory.current").write_text("4000\n")
         (folder / "memory.stat").write_text("anon 1\ninactive_file 300\n")
-    assert machine._left_to_control_groups(tmp_path / "cgroup", tmp_path / "groups") == [1300]
-    assert machine._left_to_control_groups(tmp_path / "none") == []
-    monkeypatch.setattr(machine, "_left_to_control_groups", lambda: [1300])
-    monkeypatch.setattr(machine, "_available_on_linux", lambda: 700)
-    assert machine.available_memory("cpu") == 700
-    monkeypatch.setattr(machine, "_available_on_linux", lambda: 7000)
-    assert machine.available_memory("cpu") == 1300
-    assert machine.available_memory("meta") is None
-    monkeypatch.setattr(machine, "_available_on_linux", lambda: None)
-    assert machine.available_memory("cpu") == machine._installed()
+    assert host._left_to_control_groups(tmp_path / "cgroup", tmp_path / "groups") == [1300]
+    assert host._left_to_control_groups(tmp_path / "none") == []
+    monkeypatch.setattr(host, "_left_to_control_groups", lambda: [1300])
+    monkeypatch.setattr(host, "_available_on_linux", lambda: 700)
+    assert host.available_memory("cpu") == 700
+    monkeypatch.setattr(host, "_available_on_linux", lambda: 7000)
+    assert host.available_memory("cpu") == 1300
+    assert host.available_memory("meta") is None
+    monkeypatch.setattr(host, "_available_on_linux", lambda: None)
+    assert host.available_memory("cpu") == host._installed()
 
 
 def test_what_fits_is_let_through(with_memory: Callable[[int | None], None]) -> None:

@@ -291,7 +291,7 @@ def test_rows_do_not_depend_on_how_the_text_is_cut(
     by_context = evaluate_run(tiny.run, students=names)
     monkeypatch.setattr(faithfulness.EvaluationText, "chunks", few_contexts)
     by_five = evaluate_run(tiny.run, students=names)
-    assert sizes == [4096, 0]
+    assert sizes == [4096, 1]
     for other in (by_context, by_five):
         for name, row in named(other).items():
             assert_same(row, named(evaluation)[name])
@@ -377,3 +377,20 @@ def test_a_run_without_its_log_is_evaluated_without_the_curves(
     (run / "metrics.jsonl").unlink()
     write_evaluation(run, evaluation, title="A title", footer="")
     assert (run / "report.html").is_file()
+
+
+def test_the_logits_of_a_pass_are_bounded_by_what_the_device_has_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert faithfulness.logits_fit(cpu, 50_257) == 2**25 // 50_257
+    assert faithfulness.logits_fit(cpu, 2**26) == 1
+
+    def told(free: int | None) -> int:
+        monkeypatch.setattr(faithfulness, "available_memory", lambda device: free)  # pyright: ignore
+        return faithfulness.logits_fit(cuda, 262_144)
+
+    assert told(70 * 2**30) == told(100 * 2**30) == 4096
+    assert told(2 * 2**30) == 2**25 // 262_144
+    assert told(2**20) == told(None) == 1
+    assert faithfulness.logits_fit(cuda, 259) == 1
+    told(70 * 2**30)
+    assert faithfulness.logits_fit(cuda, 259) == faithfulness.CUDA_TOKENS

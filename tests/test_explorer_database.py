@@ -145,7 +145,7 @@ def test_what_cannot_be_collected_leaves_nothing(
     assert_refused(mxd("explore", tmp_path), "explore", "must be the folder of a run")
     assert_refused(mxd("explore", copy, "--port", "0"), "explore", "port must lie in")
     monkeypatch.setattr(collecting, "BYTES_AN_ENTRY", 10**15)
-    assert_refused(mxd("explore", copy), "explore", "GB beside the database", "fewer --tokens")
+    assert_refused(mxd("explore", copy), "explore", "GiB beside the database", "fewer --tokens")
     monkeypatch.undo()
 
     def interrupt(*_: object) -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from mxd.checkpoint import edits_digest, save_edits
+from mxd.data.text import open_text
 from mxd.edits import Ablate, Edit
 from mxd.evaluation.comparison import compare_runs
 from mxd.evaluation.evaluate import evaluate_run
@@ -317,7 +318,12 @@ def other_text(tiny: TinyRun, run: Path) -> None:
     lines = tiny.text.read_text(encoding="utf-8").splitlines()
     other = run.with_name("other.jsonl")
     other.write_text("\n".join(reversed(lines)), encoding="utf-8")
-    change_json(run / "run.json", lambda described: cast("Settings", described["config"]).update(text=[str(other)]))
+
+    def change(described: Settings) -> None:
+        cast("Settings", described["config"]).update(text=[str(other)])
+        described["text"] = open_text([str(other)]).identity._asdict()
+
+    change_json(run / "run.json", change)
 
 
 def other_weights(tiny: TinyRun, run: Path) -> None:

@@ -5,8 +5,12 @@ import pytest
 import torch
 
 import mxd
-from mxd.checkpoint import Provenance
+from mxd.checkpoint import Provenance, save_edits
+from mxd.edits import Ablate, Edit
+from mxd.evaluation.evaluate import evaluate_run
+from mxd.evaluation.record import EVALUATION_FILE, read_record, write_record
 from mxd.hub import CARD_FILE, model_card
+from tests.tiny_run import change_json, copied, tiny_run
 
 
 def layer() -> mxd.Transcoder:
@@ -84,3 +88,48 @@ def test_pushing_uploads_layers_and_card_and_nothing_else(tmp_path: Path, monkey
 def test_a_folder_without_a_layer_cannot_be_pushed(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="must hold a layer or a finished run"):
         mxd.push_to_hub(tmp_path, "someone/layers")
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = copied(tiny_run(tmp_path_factory.getbasetemp()).run, tmp_path_factory.mktemp("hub") / "run")
+    evaluation = evaluate_run(run, students=["mxd-k4", "topk-sae-k4"], ks=[2], together=True)
+    write_record(run / EVALUATION_FILE, evaluation.record)
+    return run
+
+
+def test_the_card_of_a_run_that_was_evaluated_together_has_a_row_for_each_measurement(evaluated: Path) -> None:
+    table = [line for line in model_card(evaluated).splitlines() if line.startswith(("| Layer", "| All"))]
+    places = [("Layer 0", (4, 2)), ("Layer 1", (4, 2)), ("All layers", (4,))]
+    names = {"mxd-k4": 4, "mxd-k4-at2": 2, "topk-sae-k4": 4, "topk-sae-k4-at2": 2}
+    expected = [[f"| {place}, `{name}`", str(k)] for place, ks in places for name, k in names.items() if k in ks]
+    assert sorted(line.split(" | ")[:2] for line in table) == sorted(expected)
+    assert "None" not in "".join(table)
+    assert all(line.count("|") == 11 for line in table)
+    row = read_record(evaluated / EVALUATION_FILE).rows[0]
+    assert f"| {row.ce_increase:.4g} | {row.loss_recovered:.4g} |" in table[0]
+
+
+def test_numbers_of_another_version_or_of_other_edits_are_not_put_on_a_card(evaluated: Path, tmp_path: Path) -> None:
+    run = copied(evaluated, tmp_path / "run")
+    change_json(run / EVALUATION_FILE, lambda stored: stored["rows"][0].pop("nmse"))  # pyright: ignore
+    with pytest.raises(ValueError, match=r"A row must have the keys of `mxd evaluate --json`; nmse missing"):
+        model_card(run)
+    (run / EVALUATION_FILE).write_bytes((evaluated / EVALUATION_FILE).read_bytes())
+    save_edits(run / "layers/0/mxd-k4", [Edit(latents=(0,), operation=Ablate())])
+    with pytest.raises(ValueError, match="must be of the edits that are in force"):
+        model_card(run)
+
+
+def test_the_card_says_what_a_layer_is_given(tmp_path: Path) -> None:
+    sae = mxd.TopKAutoencoder(mxd.TopKAutoencoderConfig(d_in=6, num_latents=10, k=2))
+    mxd.save(layer(), tmp_path / "one/layers/1/transcoder-k2")
+    mxd.save(sae, tmp_path / "other/layers/1/topk-sae-k2")
+    for run in ("one", "other"):
+        mxd.save(layer() if run == "one" else sae, tmp_path / "both/layers/1" / run)
+    assert "It is given the MLP's input and stands in the MLP's place." in model_card(tmp_path / "one")
+    of_sae = model_card(tmp_path / "other")
+    assert "It is given the MLP's own output, and so stands behind the MLP, which stays." in of_sae
+    assert "MLP's input" not in of_sae
+    assert "but `layers/1/other` is given the MLP's own output" in model_card(tmp_path / "both")
+    assert "None" not in of_sae

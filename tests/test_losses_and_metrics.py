@@ -78,6 +78,26 @@ def test_error_sums_are_the_definitions() -> None:
     assert error_sums(target, target).fvu == 0
 
 
+@pytest.mark.parametrize("tokens", [10, 1000, 4099, 100_003])
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
+def test_targets_that_do_not_vary_have_no_fraction_of_variance(tokens: int, scale: float) -> None:
+    for seed in range(3):
+        target = (scale * normal(16, seed=seed)).expand(tokens, 16)
+        whole = error_sums(target + 1e-3 * scale, target)
+        parts = [error_sums(part + 1e-3 * scale, part) for part in target.split(999)]
+        for sums in (whole, sum(parts[1:], start=parts[0])):
+            assert math.isnan(sums.fvu)
+            assert sums.variation == 0
+
+
+def test_little_variation_about_a_large_mean_is_variation() -> None:
+    noise = normal(4000, 8)
+    noise -= noise.mean(0)
+    for mean in (0.0, 1e2, 1e4):
+        sums = error_sums(noise + mean + 1, noise + mean)
+        assert sums.fvu == pytest.approx(4000 * 8 / float(noise.square().sum()), rel=1e-4)
+
+
 @settings(deadline=None, max_examples=30)
 @given(first=st.integers(0, 20), rest=st.integers(1, 20), width=st.integers(1, 5))
 def test_error_sums_add_up(first: int, rest: int, width: int) -> None:

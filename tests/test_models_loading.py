@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
 from mxd.models import digest, fingerprint, load_language_model
+from tests import tiny_model
 
 
 @pytest.fixture
@@ -196,4 +197,61 @@ def test_a_digest_tells_apart_what_a_fingerprint_may_not() -> None:
         other_entry.get_parameter("model.layers.0.mlp.up_proj.weight")[3, 3] += 1
     assert digest(base) == digest(same)
     assert len({digest(base), digest(other_settings), digest(other_entry)}) == 3
-    assert fingerprint(base) == fingerprint(other_settings)
+    assert fingerprint(base) == fingerprint(same) == fingerprint(other_entry)
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("gpt2", {"activation_function": "relu"}),
+        ("gpt2", {"layer_norm_epsilon": 1e-4}),
+        ("gpt2", {"scale_attn_weights": False}),
+        ("llama", {"rms_norm_eps": 1e-3}),
+        ("llama", {"hidden_act": "gelu"}),
+        ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}),
+    ],
+)
+def test_another_setting_is_another_model(tmp_path: Path, family: tiny_model.Family, settings: dict[str, Any]) -> None:
+    folder = tiny_model.write_model(tmp_path / "model", family)
+    before = load_language_model(str(folder)).model
+    edit_config(folder, **settings)
+    after = load_language_model(str(folder)).model
+    assert fingerprint(before) != fingerprint(after)
+    assert digest(before) != digest(after)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_the_same_model_elsewhere_and_of_another_version_is_the_same(tmp_path: Path, family: tiny_model.Family) -> None:
+    folder = tiny_model.write_model(tmp_path / "model", family)
+    before = load_language_model(str(folder)).model
+    moved = folder.rename(tmp_path / "moved")
+    edit_config(moved, transformers_version="5.0.0", _name_or_path="nobody/nothing", use_cache=False, eos_token_id=3)
+    after = load_language_model(str(moved)).model
+    assert fingerprint(before) == fingerprint(after)
+    assert digest(before) == digest(after)
+
+
+def test_a_setting_that_a_version_adds_with_its_usual_value_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = hf.GPT2LMHeadModel(hf.GPT2Config(n_embd=8, n_head=2, n_layer=1, vocab_size=11))
+    before, plain = fingerprint(model), hf.GPT2Config.to_dict
+
+    def with_one_more(config: hf.GPT2Config) -> dict[str, Any]:
+        return plain(config) | {"one_more": getattr(config, "one_more", "as ever")}
+
+    monkeypatch.setattr(hf.GPT2Config, "to_dict", with_one_more)
+    assert fingerprint(model) == before
+    model.config.one_more = "now otherwise"
+    assert fingerprint(model) != before
+
+
+def test_a_buffer_that_is_saved_counts_and_one_that_is_computed_does_not() -> None:
+    def module(saved: float, computed: float) -> torch.nn.Module:
+        module = torch.nn.Linear(2, 2)
+        torch.nn.init.zeros_(module.weight)
+        torch.nn.init.zeros_(module.bias)
+        module.register_buffer("saved", torch.tensor([saved]))
+        module.register_buffer("computed", torch.tensor([computed]), persistent=False)
+        return module
+
+    assert fingerprint(module(1, 1)) == fingerprint(module(1, 2)) != fingerprint(module(2, 1))
+    assert digest(module(1, 1)) != digest(module(1, 2))

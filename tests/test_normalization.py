@@ -21,3 +21,10 @@ def test_a_folded_normalization_does_on_plain_inputs_what_was_trained_on_normali
     fold_input_normalization_(layer, normalization.inverse())
     for name, tensor in layer.state_dict().items():
         torch.testing.assert_close(tensor, before[name], rtol=1e-5, atol=1e-5)
+
+
+def test_inputs_that_do_not_vary_are_refused() -> None:
+    for seed in range(5):
+        x = torch.randn(1, D, generator=torch.Generator().manual_seed(seed)).expand(4099, D)
+        with pytest.raises(ValueError, match="inputs must vary and be finite to be normalised"):
+            input_normalization(error_sums(x, x))

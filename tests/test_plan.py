@@ -16,7 +16,7 @@ from mxd.cli import demo as demo_command
 from mxd.data.activation_cache import ActivationCache, CacheIdentity
 from mxd.data.activations import ActivationStream
 from mxd.models import MlpPair, load_language_model
-from mxd.runs.run import is_finished
+from mxd.runs.run import create_run, is_finished, locked
 from mxd.training import decompose as decomposing
 from mxd.training import streams
 from mxd.training.config import TrainConfig
@@ -92,6 +92,34 @@ def test_the_demo_replaces_a_demo_and_no_other_run(tmp_path: Path) -> None:
     (tmp_path / "other/run.json").write_text("{}")
     with pytest.raises(ValueError, match="must be an earlier demo to be replaced"):
         demo_command._require_demo(tmp_path / "other")
+
+
+def test_a_demo_leaves_the_folder_of_one_that_is_at_work_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "run"
+    create_run(out, {"config": json.loads(json_text(asdict(demo_command.DEMO)))})
+    entered: list[Path] = []
+
+    def planned(config: TrainConfig) -> Any:
+        return SimpleNamespace(students=[])
+
+    def second(plan: object, folder: Path) -> None:
+        entered.append(folder)
+        (folder / "work").mkdir(parents=True)
+        with pytest.raises(ValueError, match=r"^another mxd demo is at work in .*run; wait for it"):
+            demo_command.demo(out)
+        assert (folder / "work").is_dir()
+        raise TrainingInterrupted("SIGINT")
+
+    monkeypatch.setattr(demo_command, "make_plan", planned)
+    monkeypatch.setattr(demo_command, "decompose", second)
+    with locked(out), pytest.raises(ValueError, match="another process is training in"):
+        demo_command.demo(out)
+    assert (out / "run.json").is_file()
+    assert entered == []
+    with pytest.raises(TrainingInterrupted):
+        demo_command.demo(out)
+    assert entered == [out]
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_an_interrupted_demo_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,19 +292,19 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(
     needed = cache_of(make_plan(cached)).coverage().bytes_missing
     assert needed == 8 * 8 * 16 * (2 * 32 * 4 + 4)
     monkeypatch.setattr(shutil, "disk_usage", Disk(needed))
-    with pytest.raises(ValueError, match=r"needs 266 kB in .*cache and a little more; 266 kB are free: make room"):
+    with pytest.raises(ValueError, match=r"needs 260 KiB in .*cache and a little more; 260 KiB are free: make room"):
         make_plan(cached)
     assert not (tmp_path / "cache").exists()
     monkeypatch.setattr(shutil, "disk_usage", Disk(int(needed * 1.03)))
     plan = make_plan(cached)
-    assert streams.announcement(cache_of(plan)) == (f"cache: 266 kB to write in {tmp_path}/cache (274 kB free)")
+    assert streams.announcement(cache_of(plan)) == (f"cache: 260 KiB to write in {tmp_path}/cache (268 KiB free)")
     decompose(plan, tmp_path / "run")
     monkeypatch.setattr(shutil, "disk_usage", Disk(0))
     assert make_plan(cached).cache is not None, "what is complete needs no room"
     shutil.rmtree(tmp_path / "cache" / "layer-1")
     monkeypatch.setattr(shutil, "disk_usage", Disk(10**9))
     assert streams.announcement(cache_of(make_plan(cached))) == (
-        f"cache: 135 kB to read and 131 kB to write in {tmp_path}/cache (1 GB free)"
+        f"cache: 132 KiB to read and 128 KiB to write in {tmp_path}/cache (954 MiB free)"
     )
 
 
@@ -293,5 +321,5 @@ def test_the_command_announces_what_it_writes_and_refuses_what_is_no_cache(
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "80"}
     ended = subprocess.run([sys.executable, "-m", "mxd", *words], capture_output=True, text=True, env=environment)
     assert ended.returncode == 0
-    assert f"cache: 4.33 MB to write in {tmp_path}/cache (" in ended.stderr
+    assert f"cache: 4.12 MiB to write in {tmp_path}/cache (" in ended.stderr
     assert json.loads((tmp_path / "run" / "run.json").read_text())["resources"]["prefetch"] is False

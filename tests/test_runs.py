@@ -10,9 +10,9 @@ import pytest
 
 from mxd.atomic import JSON, canonical_json, write_bytes_atomically, write_json_atomically
 from mxd.evaluation.students import load_students
+from mxd.locks import alone, exclusive, in_turn
 from mxd.runs.run import (
     create_run,
-    exclusive,
     is_finished,
     is_run,
     locked,
@@ -123,6 +123,28 @@ def test_a_lock_whose_file_was_removed_is_no_lock(tmp_path: Path) -> None:
             pass
     with exclusive(lock, "taken"):
         pass
+
+
+def test_a_lock_beside_a_file_leaves_nothing_behind(tmp_path: Path) -> None:
+    with alone(tmp_path / "file", "taken"):
+        with pytest.raises(ValueError, match=r"^taken$"), alone(tmp_path / "file", "taken"):
+            pass
+        with alone(tmp_path / "other", "taken"):
+            pass
+        assert names(tmp_path) == [".file.lock"]
+    assert names(tmp_path) == []
+
+
+def test_who_comes_second_waits_for_a_turn(tmp_path: Path) -> None:
+    pytest.importorskip("fcntl")
+    script = "import sys, pathlib, mxd.locks as l\nwith l.in_turn(pathlib.Path(sys.argv[1])): print('in', flush=True)"
+    with in_turn(tmp_path / ".lock"):
+        second = subprocess.Popen(
+            [sys.executable, "-c", script, str(tmp_path / ".lock")], stdout=subprocess.PIPE, text=True
+        )
+        with pytest.raises(subprocess.TimeoutExpired):
+            second.wait(0.5)
+    assert second.communicate(timeout=60)[0] == "in\n"
 
 
 def test_a_lock_that_stayed_behind_is_no_run(tmp_path: Path) -> None:

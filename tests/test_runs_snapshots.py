@@ -217,7 +217,7 @@ def test_what_cannot_be_stored_is_refused_and_leaves_nothing(tmp_path: Path) -> 
     assert names(tmp_path) == ["0000000001"]
 
 
-@pytest.mark.parametrize("call", ["save_file", "sync_file", "sync_folder", "_rename_into_place"])
+@pytest.mark.parametrize("call", ["save_file", "settle_file", "sync_file", "sync_folder", "_rename_into_place"])
 def test_a_full_disk_is_one_sentence_and_keeps_the_earlier_snapshot(
     tmp_path: Path, call: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,5 +1,6 @@
 """Files that are either the old or the new content, never half of it, whenever the process dies."""
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -75,6 +76,21 @@ def sync_file(path: Path) -> None:
     """Wait until the file's content is on the disk."""
     with path.open("rb+") as file:
         os.fsync(file.fileno())
+
+
+def settle_file(path: Path) -> None:
+    """Wait until a file that safetensors wrote is on the disk, and let those read it whom its folder lets.
+
+    safetensors makes files readable by their owner alone, whatever the umask says.
+    """
+    path.chmod(path.parent.stat().st_mode & 0o666)
+    sync_file(path)
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sync_folder(folder: Path) -> None:

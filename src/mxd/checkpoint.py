@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-from mxd.atomic import json_text, partial_path, sync_file, sync_folder, write_json_atomically
+from mxd.atomic import file_sha256, json_text, partial_path, sync_file, sync_folder, write_json_atomically
 from mxd.edits import Edit, edits_of, with_edits
 from mxd.layers import SparseLayer, require_kind
 
@@ -338,7 +338,7 @@ def _require_types(path: Path, described: type, found: Mapping[str, object]) -> 
 def _read_weights(path: Path, sha256: str) -> dict[str, torch.Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} must lie beside {CONFIG_FILE}; it is missing. Restore it from its source.")
-    if _sha256(path) != sha256:
+    if file_sha256(path) != sha256:
         raise ValueError(
             f"{path} must have the checksum that {CONFIG_FILE} names; it is truncated or was altered. "
             "Restore it from its source."
@@ -359,8 +359,3 @@ def _require_one_dtype(where: str, tensors: Mapping[str, torch.Tensor]) -> None:
     if len(dtypes) > 1 or not all(dtype.is_floating_point for dtype in dtypes):
         found = ", ".join(sorted(map(str, dtypes)))
         raise ValueError(f"{where} must have weights of one floating-point type; got {found}. Convert them with .to().")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,16 +1,15 @@
 """Layers on the Hugging Face hub: the same folders as on disk, with a model card."""
 
-import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from mxd.atomic import write_text_atomically
-from mxd.checkpoint import CONFIG_FILE, EDITS_FILE, LAYER_FILES, load_checkpoint, load_layer
+from mxd.checkpoint import CONFIG_FILE, EDITS_FILE, LAYER_FILES, Checkpoint, edits_digest, load_checkpoint, load_layer
 from mxd.layers import SparseLayer
 
 CARD_FILE = "README.md"
-_COLUMNS = ("ce_increase", "loss_recovered", "kl", "nmse", "fvu", "l0", "dead_fraction", "specialisation")
+_COLUMNS = ("k", "ce_increase", "loss_recovered", "kl", "nmse", "fvu", "l0", "dead_fraction", "specialisation")
 
 
 def from_pretrained(repository: str, *, subfolder: str = "", revision: str | None = None) -> SparseLayer:
@@ -40,7 +39,7 @@ def push_to_hub(folder: str | Path, repository: str, *, private: bool = False, t
 
     Raises:
         FileNotFoundError: If the folder holds no layer.
-        ValueError: If a layer is damaged.
+        ValueError: As `model_card`.
     """
     from huggingface_hub import HfApi
 
@@ -62,7 +61,7 @@ def model_card(folder: str | Path) -> str:
 
     Raises:
         FileNotFoundError: If the folder holds no layer.
-        ValueError: If a layer is damaged.
+        ValueError: If a layer is damaged, or evaluation.json is of another version of mxd or of other edits.
     """
     from huggingface_hub import ModelCardData
 
@@ -80,17 +79,17 @@ def model_card(folder: str | Path) -> str:
         library_name="mxd", base_model=models or None, tags=["mechanistic-interpretability", "mixture-of-decoders"]
     )
     rows = [
-        f"| `{name}` | {layer.layer.kind} | {layer.provenance.layer} | {layer.layer.config.num_latents:,} "
-        f"| {layer.layer.config.k} | {layer.provenance.text} | {layer.provenance.tokens_trained} |"
-        for name, layer in layers.items()
+        f"| `{name}` | {stored.layer.kind} | {_known(stored.provenance.layer)} | {stored.layer.config.num_latents:,} "
+        f"| {stored.layer.config.k} | {_known(stored.provenance.text)} | {_known(stored.provenance.tokens_trained)} |"
+        for name, stored in layers.items()
     ]
     first = next(iter(layers))
     subfolder = "" if first == "." else f', subfolder="{first}"'
     lines = [
         f"---\n{header.to_yaml()}\n---",
         f"# Sparse replacements for MLPs of {', '.join(models) or 'a language model'}",
-        "Each layer stands in for the MLP of one block: its input is the MLP's input, its prediction the MLP's output, "
-        "in the Hugging Face model. Made with mxd.",
+        f"Each layer is of the MLP of one block of the Hugging Face model, whose output it predicts. {_inputs(layers)} "
+        "Made with mxd.",
         "| folder | kind | block | latents | k | trained on | tokens |\n|---|---|---|---|---|---|---|\n"
         + "\n".join(rows),
         *_evaluation(folder),
@@ -99,18 +98,40 @@ def model_card(folder: str | Path) -> str:
     return "\n\n".join(lines) + "\n"
 
 
+def _inputs(layers: Mapping[str, Checkpoint]) -> str:
+    """Return what the layers are given, which is said of single ones only where they differ."""
+    reading = [name for name, stored in layers.items() if stored.layer.reads == "output"]
+    of_output = "is given the MLP's own output, and so stands behind the MLP, which stays"
+    if not reading:
+        return "It is given the MLP's input and stands in the MLP's place."
+    if len(reading) == len(layers):
+        return f"It {of_output}."
+    names = ", ".join(f"`{name}`" for name in reading)
+    return f"It is given the MLP's input and stands in the MLP's place; but {names} {of_output}."
+
+
 def _evaluation(folder: Path) -> list[str]:
     """Return the table of what `mxd evaluate` measured, if it was run."""
-    path = folder / "evaluation.json"
+    # These import what draws and measures, which nobody needs who loads a layer.
+    from mxd.evaluation.grid import layer_name
+    from mxd.evaluation.record import EVALUATION_FILE, read_record
+
+    path = folder / EVALUATION_FILE
     if not path.is_file():
         return []
-    evaluation: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    evaluation = read_record(path)
+    if evaluation.identity.edits != edits_digest(folder):
+        raise ValueError(
+            f"{path} must be of the edits that are in force; it is of others. Run mxd evaluate again, or remove it."
+        )
     rows = [
-        f"| {row['layer']}/{row['id']} | " + " | ".join(_number(row, column) for column in _COLUMNS) + " |"
-        for row in evaluation["rows"]
+        f"| {layer_name(row.layer)}, `{row.student}` | "
+        + " | ".join(_number(getattr(row, column)) for column in _COLUMNS)
+        + " |"
+        for row in evaluation.rows
     ]
     head = "| student | " + " | ".join(_COLUMNS) + " |\n" + "|---" * (len(_COLUMNS) + 1) + "|"
-    facts = "; ".join(f"{name}: {value}" for name, value in evaluation["facts"].items())
+    facts = "; ".join(f"{name}: {value}" for name, value in evaluation.facts.items())
     return [
         "## Faithfulness",
         f"Measured by `mxd evaluate` ({facts}); losses in nats a token.",
@@ -118,9 +139,12 @@ def _evaluation(folder: Path) -> list[str]:
     ]
 
 
-def _number(row: Mapping[str, Any], column: str) -> str:
-    value = row[column]
-    return "–" if value is None else f"{value:.4g}"
+def _number(value: int | float | None) -> str:
+    return "–" if value is None or not math.isfinite(value) else f"{value:.4g}"
+
+
+def _known(value: str | int | None) -> str:
+    return "–" if value is None else str(value)
 
 
 def _download(repository: str, subfolder: str, revision: str | None) -> Path:

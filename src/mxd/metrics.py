@@ -1,6 +1,7 @@
 """How good a prediction is: tensors in, scalars out."""
 
 import math
+import sys
 from typing import NamedTuple
 
 import torch
@@ -37,7 +38,17 @@ class ErrorSums(NamedTuple):
     @property
     def fvu(self) -> float:
         """Fraction of variance unexplained: Σ‖y−t‖² / Σ‖t−t̄‖²; NaN where the targets do not vary."""
-        return _ratio(self.error, self.square - _ratio(float(self.target.square().sum()), float(self.tokens)))
+        return _ratio(self.error, self.variation)
+
+    @property
+    def variation(self) -> float:
+        """Σ‖t−t̄‖²: the targets' variance times their number; 0 where that is no more than rounding of the sums.
+
+        Sums of n terms of one sign are exact to n·ε of their size (Higham, Accuracy and Stability of Numerical
+        Algorithms, section 4.2), so that nothing smaller is known of the difference of two.
+        """
+        difference = self.square - _ratio(float(self.target.square().sum()), float(self.tokens))
+        return 0.0 if difference <= 2 * self.tokens * sys.float_info.epsilon * self.square else difference
 
 
 def error_sums(prediction: Float[Tensor, "tokens d_out"], target: Float[Tensor, "tokens d_out"]) -> ErrorSums:

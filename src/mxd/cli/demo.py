@@ -10,8 +10,9 @@ from rich.console import Console
 from mxd.atomic import json_text
 from mxd.evaluation.evaluate import evaluate_run, write_evaluation
 from mxd.evaluation.tables import format_table
+from mxd.locks import alone
 from mxd.recipes import find_recipe
-from mxd.runs.run import is_run, read_configuration
+from mxd.runs.run import is_run, locked, read_configuration
 from mxd.training.decompose import decompose, make_plan
 from mxd.training.train import TrainingInterrupted
 
@@ -25,13 +26,24 @@ def demo(out: Path = Path("demo-run")) -> None:
     Args:
         out: Folder of the run; an earlier demo there is removed.
     """
+    place = out.resolve()
+    place.parent.mkdir(parents=True, exist_ok=True)
+    # The run's own lock is held while it trains alone, and evaluating reads its folder too.
+    with alone(place, f"another mxd demo is at work in {out}; wait for it, stop it or name another --out."):
+        _demo(out)
+
+
+def _demo(out: Path) -> None:
     # Square brackets in the name of a folder are no markup.
     console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
     if is_run(out):
         _require_demo(out)
     plan = make_plan(DEMO)
     if is_run(out):
-        shutil.rmtree(out)
+        # What was started as a demo may be going on as mxd train --resume.
+        with locked(out):
+            _require_demo(out)
+            shutil.rmtree(out)
     console.print(
         f"Training {len(plan.students)} sparse layers at matched parameters to replace the MLP of layer "
         f"{DEMO.layer[0]} of mxd's bundled language model, on the source of Python's standard library …"

@@ -18,6 +18,8 @@ from rich.table import Table
 
 from mxd.atomic import JSON
 from mxd.bundled import MODEL_NAME
+from mxd.memory import available_memory
+from mxd.quantities import gib
 from mxd.recipes import RECIPES, find_recipe
 from mxd.runs.metrics_log import TensorBoardSink, WandbSink
 from mxd.runs.run import is_finished, is_run, read_configuration, reopen_run
@@ -27,14 +29,12 @@ from mxd.training.estimate import (
     EFFICIENCY,
     Workload,
     duration,
-    gib,
     memory,
     operations,
     plan_workload,
     require_memory,
     shape_workload,
 )
-from mxd.training.machine import available_memory
 from mxd.training.shapes import ModelShape
 from mxd.training.streams import announcement
 from mxd.training.train import SinkOpener, TrainingInterrupted

@@ -17,14 +17,12 @@ long as a run lasts would also keep out the runs that only read.)
 """
 
 import copy
-import errno
 import hashlib
 import json
 import os
 from collections.abc import Callable, Collection, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -34,8 +32,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mxd.atomic import canonical_json, partial_path, sync_file, sync_folder, write_json_atomically
+from mxd.atomic import canonical_json, partial_path, settle_file, sync_folder, write_json_atomically
 from mxd.data.tokens import TokenPosition, TokenStream
+from mxd.locks import in_turn
 from mxd.models import MlpPair
 
 PASSES_PER_SHARD = 8
@@ -55,8 +54,6 @@ COMPARED = {
     "shard_contexts": "shards of",
 }
 """Fields in which a run's identity and a cache's must agree, with their names in messages, the most telling first."""
-
-_NO_LOCKS_HERE = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -302,9 +299,7 @@ class ActivationCache:
         try:
             path.parent.mkdir(exist_ok=True)
             save_file(tensors, partial, metadata={"mxd": canonical_json(described)})
-            # safetensors makes the file readable by its owner alone, whatever the umask says.
-            partial.chmod(path.parent.stat().st_mode & 0o666)
-            sync_file(partial)
+            settle_file(partial)
             partial.replace(path)
             sync_folder(path.parent)
             self._verified.add(path)
@@ -317,15 +312,7 @@ class ActivationCache:
     def _turn_to_write(self) -> Generator[None, None, None]:
         """Wait until no other process adds to the cache; where files cannot be locked, nothing is waited for."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / ".lock").open("ab") as file:
-            if find_spec("fcntl") is not None:
-                import fcntl
-
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX)
-                except OSError as error:
-                    if error.errno not in _NO_LOCKS_HERE:
-                        raise
+        with in_turn(self.folder / ".lock"):
             # Made or changed by another process since this one began.
             if not _is_cache(self.folder, self._identity):
                 content = {"format": FORMAT, "identity": asdict(self._identity)}

@@ -36,7 +36,7 @@ class ActivationBatch(NamedTuple):
     layers: dict[int, ActivationRows]
     """Rows by layer."""
     is_content: Bool[Tensor, " batch"]
-    """False at BOS and padding, which training uses and reconstruction metrics leave out."""
+    """False at BOS, padding and what begins a context, which training uses and reconstruction metrics leave out."""
 
 
 class StreamState(TypedDict):

@@ -3,15 +3,15 @@
 import itertools
 import json
 import os
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from hashlib import blake2b
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 from jaxtyping import Integer
 
+from mxd.atomic import sync_file, sync_folder
 from mxd.data.documents import Document
 from mxd.data.text import LocalText
 
@@ -21,7 +21,7 @@ else:
     # Importing transformers takes seconds, and every tokenizer comes with it already imported.
     Tokenizer = object
 
-CACHE_FORMAT = 2
+CACHE_FORMAT = 3
 """Part of every key of the cache: raise it when the same documents come to give other tokens."""
 
 DOCUMENTS_AT_ONCE = (8, 16, 32, 64, 128, 256)
@@ -54,6 +54,45 @@ def separator_token(tokenizer: Tokenizer | None) -> int | None:
     tokenizers it is the same token as EOS.
     """
     return bos_token(tokenizer) if bos_token(tokenizer) is not None else eos_token(tokenizer)
+
+
+def encode_texts(
+    tokenizer: Tokenizer, texts: Sequence[str], *, return_offsets_mapping: bool = False
+) -> Mapping[str, list[list[Any]]]:
+    """Return the token ids of each text as `input_ids`: whole, and without special tokens.
+
+    What is written in a text is text. A special token's name in it (`<|endoftext|>`) is these characters and not the
+    token, which a document could otherwise end, or be left out of the metrics, by having it in it; tokenizers that
+    cannot tell the two apart make a token of it nevertheless.
+
+    Args:
+        tokenizer: Turns text into tokens.
+        texts: The texts.
+        return_offsets_mapping: Whether to return as `offset_mapping` which characters each token stands for.
+    """
+    # MistralCommonBackend refuses it, and takes no text for a special token.
+    plain: dict[str, Any] = {"split_special_tokens": True} if hasattr(tokenizer, "split_special_tokens") else {}
+    # verbose=False keeps back the warning that a text is longer than the model's context.
+    found = tokenizer(
+        list(texts),
+        add_special_tokens=False,
+        padding=False,
+        truncation=False,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        return_offsets_mapping=return_offsets_mapping,
+        verbose=False,
+        **plain,
+    )
+    return cast("Mapping[str, list[list[Any]]]", found)
+
+
+def decode_tokens(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    """Return the text of some tokens, special ones too, with every space that is in it.
+
+    Some tokenizers are set up to remove the space before a full stop or a comma, which the text may have had.
+    """
+    return str(tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
 
 
 def token_pieces(tokenizer: Tokenizer, sequences: Iterable[Sequence[int]]) -> Iterator[list[str]]:
@@ -94,10 +133,10 @@ def token_pieces(tokenizer: Tokenizer, sequences: Iterable[Sequence[int]]) -> It
 def _decoding(tokenizer: Tokenizer) -> Callable[[Sequence[int]], str]:
     """Return what turns tokens into the text that they add to one that has begun."""
     word_end = _word_end(tokenizer)
-    anchor = [] if word_end else tokenizer.encode("a", add_special_tokens=False)[-1:]
+    anchor = [] if word_end else encode_texts(tokenizer, ["a"])["input_ids"][0][-1:]
 
     def decoded(ids: Sequence[int]) -> str:
-        return str(tokenizer.decode([*anchor, *ids], clean_up_tokenization_spaces=False))
+        return decode_tokens(tokenizer, [*anchor, *ids])
 
     def with_word_ends(ids: Sequence[int]) -> str:
         # Decoders take away the last suffix, and some leave all of them to be read as text.
@@ -136,9 +175,16 @@ def encoded_documents(
         vocab_size: Size of the model's vocabulary.
 
     Raises:
-        ValueError: If an id does not lie in the vocabulary, or a document is text and there is no tokenizer.
+        ValueError: If an id does not lie in the vocabulary, or a document is text and there is no tokenizer; at once,
+            if the token that the tokenizer puts between documents does not.
     """
-    documents = iter(documents)
+    require_separator(tokenizer, vocab_size)
+    return _encoded_documents(iter(documents), tokenizer, vocab_size)
+
+
+def _encoded_documents(
+    documents: Iterator[Document], tokenizer: Tokenizer | None, vocab_size: int
+) -> Iterator[EncodedDocument]:
     separator = separator_token(tokenizer)
     end = [] if separator is None else [separator]
     sizes = itertools.chain(DOCUMENTS_AT_ONCE, itertools.repeat(DOCUMENTS_AT_ONCE[-1]))
@@ -146,6 +192,17 @@ def encoded_documents(
         for document, ids in zip(batch, _encode(batch, tokenizer), strict=True):
             check_vocabulary(max(ids, default=0), vocab_size)
             yield EncodedDocument(document.row, np.array([*ids, *end], dtype=np.uint32))
+
+
+def require_separator(tokenizer: Tokenizer | None, vocab_size: int) -> None:
+    """Raise a ValueError unless the token between documents, which is BOS if there is one, lies in the vocabulary."""
+    separator = separator_token(tokenizer)
+    if tokenizer is not None and separator is not None and separator >= vocab_size:
+        raise ValueError(
+            f"The token that the tokenizer begins contexts with or puts between documents must lie below {vocab_size}, "
+            f"the size of the model's vocabulary; it is {separator} ({tokenizer.convert_ids_to_tokens(separator)!r}). "
+            "Use the model's own tokenizer, or enlarge the model's embeddings (resize_token_embeddings)."
+        )
 
 
 def check_vocabulary(largest: int, vocab_size: int) -> None:
@@ -173,6 +230,7 @@ def cached_training_tokens(
     Raises:
         ValueError: If an id does not lie in the vocabulary, or the folder cannot be written.
     """
+    require_separator(tokenizer, vocab_size)
     folder = cache if cache is not None else Path(os.environ.get("MXD_CACHE", "~/.cache/mxd")).expanduser()
     key = f"{CACHE_FORMAT} {source.identity.digest} {tokenizer_digest(tokenizer)}"
     path = folder / f"tokens-{blake2b(key.encode(), digest_size=16).hexdigest()}.npy"
@@ -198,17 +256,7 @@ def _encode(batch: Sequence[Document], tokenizer: Tokenizer | None) -> Iterator[
             "or give token ids in `input_ids`."
         )
     if texts and tokenizer is not None:
-        # verbose=False keeps back the warning that a document is longer than the model's context.
-        rows = tokenizer(
-            texts,
-            add_special_tokens=False,
-            padding=False,
-            truncation=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )
-        encoded = iter(cast(list[list[int]], rows["input_ids"]))
+        encoded = iter(encode_texts(tokenizer, texts)["input_ids"])
     for document in batch:
         yield next(encoded) if document.ids is None else _without_ends(document.ids, tokenizer)
 
@@ -240,15 +288,18 @@ def _mapped(path: Path) -> Integer[np.ndarray, " num_tokens"] | None:
 
 
 def _write(path: Path, tokens: Integer[np.ndarray, " num_tokens"]) -> None:
+    # Processes that tokenise the same text at one time write files of their own.
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".tokens-", delete=False) as file:
-            try:
+        try:
+            with partial.open("wb") as file:
                 np.save(file, tokens)
-            except BaseException:
-                os.unlink(file.name)
-                raise
-        os.replace(file.name, path)
+            sync_file(partial)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+        sync_folder(path.parent)
     except OSError as error:
         raise ValueError(
             f"The cache of tokens must be a folder that can be written; {path.parent} is not ({error.strerror}). "

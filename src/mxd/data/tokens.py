@@ -12,7 +12,15 @@ from torch import Tensor
 
 from mxd.data.documents import Document
 from mxd.data.text import LocalText, TextSource
-from mxd.data.tokenization import Tokenizer, bos_token, cached_training_tokens, encoded_documents, eos_token, pad_token
+from mxd.data.tokenization import (
+    Tokenizer,
+    bos_token,
+    cached_training_tokens,
+    decode_tokens,
+    encoded_documents,
+    eos_token,
+    pad_token,
+)
 
 
 class TokenPosition(NamedTuple):
@@ -340,9 +348,16 @@ def special_tokens(tokenizer: Tokenizer | None) -> frozenset[int]:
 
 
 def content_positions(contexts: Int[Tensor, "n context"], special_ids: Collection[int]) -> Bool[Tensor, "n context"]:
-    """Where the tokens are content: everything that is none of `special_ids`."""
+    """Where the tokens are content: everything that is none of `special_ids`, but for what begins a context.
+
+    That is BOS where the tokenizer has one. Where it has none, models attend to whatever token begins a context as they
+    would to BOS (Xiao et al. 2024, "Efficient Streaming Language Models with Attention Sinks", section 3.1), and its
+    activations, which are unlike all others, would decide every mean.
+    """
     special = torch.tensor(sorted(special_ids), dtype=contexts.dtype, device=contexts.device)
-    return ~torch.isin(contexts, special)
+    content = ~torch.isin(contexts, special)
+    content[:, :1] = False
+    return content
 
 
 def _full_contexts(tokens: int, context: int, bos: int | None) -> int:
@@ -355,7 +370,9 @@ def _num_bytes(contexts: Int[Tensor, "n context"], tokenizer: Tokenizer) -> int:
     runs = [scored.flatten()] if bos_token(tokenizer) is not None else list(scored)
     added = {bos_token(tokenizer), eos_token(tokenizer)}
     return sum(
-        len(str(tokenizer.decode([token for token in run.tolist() if token not in added])).encode("utf-8", "replace"))
+        len(
+            decode_tokens(tokenizer, [token for token in run.tolist() if token not in added]).encode("utf-8", "replace")
+        )
         for run in runs
     )
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from mxd.atomic import JSON, write_json_atomically, write_text_atomically
 from mxd.checkpoint import edits_digest
-from mxd.evaluation.drawing import compact, describe
+from mxd.evaluation.drawing import describe
 from mxd.evaluation.evaluate import evaluate_run, report_notes, write_evaluation
 from mxd.evaluation.frontier import draw_frontier
 from mxd.evaluation.frontier_table import markdown_points, markdown_students
@@ -19,6 +19,7 @@ from mxd.evaluation.rows import EvaluationRow
 from mxd.evaluation.siblings import RunRows, beside_each_other
 from mxd.evaluation.students import settings_together, student_places
 from mxd.evaluation.tables import markdown_table
+from mxd.quantities import compact
 from mxd.runs.run import is_run
 
 _NAMES = {
@@ -85,11 +86,11 @@ class _Asked:
     tokens: int | None
     together: bool
 
-    def wanted(self, description: Mapping[str, Any]) -> EvaluationIdentity | None:
+    def wanted(self, run: Path, description: Mapping[str, Any]) -> EvaluationIdentity | None:
         """Return what a run's evaluation must have been made on; None where any on the run's own text will do."""
         if not self.text and self.tokens is None:
             return None
-        return foresee_identity(description, self.text, self.tokens)
+        return foresee_identity(run, description, self.text, self.tokens)
 
     def file(self, run: Path, wanted: EvaluationIdentity | None) -> Path:
         """Return where a run's evaluation is kept; one on other text stands beside that on the run's own."""
@@ -129,7 +130,7 @@ def compare_runs(
     for run, students in zip(runs, places, strict=True):
         if together:
             settings_together(run, students)
-    wanted = [asked.wanted(description) for description in descriptions]
+    wanted = [asked.wanted(run, description) for run, description in zip(runs, descriptions, strict=True)]
     found = [
         _reusable(asked, run, description, students, identity)
         for run, description, students, identity in zip(runs, descriptions, places, wanted, strict=True)
@@ -138,8 +139,8 @@ def compare_runs(
         identities = [
             _without_edits(there.identity)
             if isinstance(there, StoredEvaluation)
-            else ahead or foresee_identity(description, (), None)
-            for there, ahead, description in zip(found, wanted, descriptions, strict=True)
+            else ahead or foresee_identity(run, description, (), None)
+            for run, there, ahead, description in zip(runs, found, wanted, descriptions, strict=True)
         ]
         _require_alike(runs, identities)
     stored: list[StoredEvaluation] = []

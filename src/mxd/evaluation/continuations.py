@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from mxd.evaluation.faithfulness import LOGITS_AT_ONCE, EvaluationText, Variant, vocabulary
+from mxd.evaluation.faithfulness import EvaluationText, Variant, tokens_at_once
 from mxd.evaluation.sampling import evenly_spaced
 
 LONGEST = 8
@@ -91,7 +91,7 @@ def ngram_agreements(
 def _batches(model: nn.Module, text: EvaluationText) -> Iterator[Int[Tensor, "prompts seq"]]:
     length = max(1, min(PROMPT_TOKENS, text.contexts.shape[1] - LONGEST))
     prompts = text.contexts[evenly_spaced(len(text.contexts), NUM_PROMPTS), :length]
-    tokens = _TOKENS_AT_ONCE if _keeps_logits(model) else LOGITS_AT_ONCE // vocabulary(model)
+    tokens = _TOKENS_AT_ONCE if _keeps_logits(model) else tokens_at_once(model)
     size = max(1, tokens // length)
     for first in range(0, len(prompts), size):
         yield prompts[first : first + size].to(next(model.parameters()).device)

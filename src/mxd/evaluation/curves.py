@@ -2,18 +2,17 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, NamedTuple, cast
 
-from mxd.atomic import JSON, write_bytes_atomically
-from mxd.evaluation.drawing import INK, compact, figure, group_name, kind_of, kind_style, png, split_student, svg
+from mxd.atomic import JSON
+from mxd.evaluation.drawing import INK, figure, group_name, kind_of, kind_style, split_student, svg
+from mxd.quantities import compact
 
 if TYPE_CHECKING:
     import matplotlib.axes
 
 _MOST_POINTS = 200
-_COLUMNS = 3
 
 
 class Curve(NamedTuple):
@@ -51,27 +50,12 @@ def _curve(student: str, points: Sequence[tuple[float, float]]) -> Curve:
     return Curve(student, [mean[0] for mean in means], [mean[1] for mean in means])
 
 
-def draw_curves(curves: Sequence[Curve], path: Path, *, title: str = "Training", subtitle: str = "") -> None:
-    """Write the picture of fvu against tokens as a PNG, one panel a kind of student, whole or not at all.
+def curve_svgs(curves: Sequence[Curve]) -> list[str]:
+    """Return fvu against tokens as SVG elements for a page, one panel a kind of student.
 
     Raises:
         ValueError: If there is no curve.
     """
-    groups = _groups(curves)
-    columns = min(len(groups), _COLUMNS)
-    rows = -(-len(groups) // columns)
-    with figure(max(3.6 * columns, 5.0), 2.9 * rows, title=title, subtitle=subtitle) as drawing:
-        panels = drawing.subplots(rows, columns, squeeze=False, sharey=True).flat
-        for axes, (group, members) in zip(panels, groups.items(), strict=False):
-            _draw_panel(axes, group, members, curves)
-        for axes in list(panels)[len(groups) :]:
-            axes.set_visible(False)
-        content = png(drawing)
-    write_bytes_atomically(path, content)
-
-
-def curve_svgs(curves: Sequence[Curve]) -> list[str]:
-    """Return the panels of the picture as SVG elements for a page."""
     panels: list[str] = []
     for group, members in _groups(curves).items():
         with figure(3.6, 2.9) as drawing:

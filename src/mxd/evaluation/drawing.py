@@ -9,6 +9,7 @@ from html import escape
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mxd.evaluation.rows import EvaluationRow
+from mxd.quantities import compact
 
 if TYPE_CHECKING:
     import matplotlib.axes
@@ -96,19 +97,6 @@ def group_name(group: str, kind: str) -> str:
     """
     setting = group.removeprefix(kind).strip("-").replace("-", " ") if group.startswith(kind) else ""
     return f"{kind_style(kind).name} {setting}".strip()
-
-
-def compact(count: int | float) -> str:
-    """Return a count as people say it.
-
-    Example:
-        >>> compact(37_751_808), compact(480e6), compact(999_999), compact(0)
-        ('37.8M', '480M', '1M', '0')
-    """
-    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if count >= 0.9995 * size:
-            return f"{float(f'{count / size:.3g}'):g}{unit}"
-    return f"{count:g}"
 
 
 def describe(rows: Sequence[EvaluationRow]) -> str:

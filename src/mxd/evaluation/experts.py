@@ -38,7 +38,7 @@ def expert_pages(
         top = statistics.top_contexts(latent)
         shown = contexts[[activation.context for activation in top]].to(next(model.parameters()).device)
         pair = mlp_pairs(model, shown, [candidate.layer], module_path=module_path)[candidate.layer]
-        code = candidate.network.encode((pair.target if candidate.network.reads == "output" else pair.x).float())
+        code = candidate.network.encode(candidate.network.given(*pair).float())
         values = torch.where(code.indices == latent, code.values, 0).sum(-1)
         examples = [
             ExpertExample(pieces, row, activation.position)

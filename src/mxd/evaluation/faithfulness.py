@@ -13,14 +13,20 @@ from mxd.data.tokens import content_positions
 from mxd.evaluation.collect import LatentStatistics
 from mxd.evaluation.specialisation import Specialisation, specialisation
 from mxd.layers import SparseCode, SparseLayer
+from mxd.memory import available_memory
 from mxd.metrics import ErrorSums, error_sums, kl_divergence, next_token_losses
-from mxd.models import MlpPair, ablate_mlp, mlp_pairs, replace_mlp
+from mxd.models import MlpPair, ablate_mlp, mlp_pairs, replace_mlp, vocabulary_size
 
 SPECIALISATION_TOKENS = 8192
 """Content tokens, evenly spaced, on which specialisation is measured."""
 
 LOGITS_AT_ONCE = 2**25
-"""Elements of the logits of one forward pass, which bounds the memory of evaluation."""
+"""Elements of the logits of one forward pass, which bounds the memory of evaluation; on CUDA, what is free does."""
+LOGIT_BYTES = 64
+"""Bytes that an element costs on CUDA at most: two models' logits and log-probabilities, products, and what the model
+itself holds."""
+CUDA_TOKENS = 2**15
+"""Tokens of one forward pass on CUDA at most, however small the vocabulary."""
 
 
 Variant = Callable[[], AbstractContextManager[None]]
@@ -125,7 +131,7 @@ class _Judge:
 
     def observe(self, pair: MlpPair, content: Tensor, first_context: int) -> None:
         target = pair.target.float().flatten(0, 1)
-        x = target if self._network.reads == "output" else pair.x.float().flatten(0, 1)
+        x = self._network.given(*pair).float().flatten(0, 1)
         prediction, code = self._network(x)
         kept = content.flatten()
         for name, rows in {"content": kept, "everywhere": torch.ones_like(kept)}.items():
@@ -164,7 +170,7 @@ def model_losses(model: nn.Module, variants: Mapping[str, Variant], text: Evalua
     variants = {"": lambda: nullcontext(), **variants}
     tokens = torch.bincount(text.documents[:, 1:].flatten())
     sums = {name: torch.zeros(2, len(tokens), dtype=torch.float64) for name in variants}
-    for first, contexts in text.chunks(LOGITS_AT_ONCE // vocabulary(model)):
+    for first, contexts in text.chunks(tokens_at_once(model)):
         documents = text.documents[first : first + len(contexts), 1:].flatten()
         contexts = contexts.to(next(model.parameters()).device)
         original: Tensor | None = None
@@ -190,7 +196,19 @@ def ablation(model: nn.Module, outputs: Mapping[int, Float[Tensor, " d_out"] | N
     return lambda: ablate_mlp(model, outputs, passthrough=kept, module_path=text.module_path)
 
 
-def vocabulary(model: nn.Module) -> int:
-    """Return the number of tokens that a model tells apart."""
-    embeddings = cast(nn.Embedding, model.get_input_embeddings())  # pyright: ignore[reportCallIssue]
-    return embeddings.weight.shape[0]
+def tokens_at_once(model: nn.Module) -> int:
+    """Return how many tokens a forward pass may read whose logits are all wanted; at least one."""
+    return logits_fit(next(model.parameters()).device, vocabulary_size(model))
+
+
+def logits_fit(device: torch.device, vocabulary: int) -> int:
+    """Return for how many tokens logits over a vocabulary fit on a device, at least one.
+
+    On CUDA the bytes that are free are rounded down to a power of two, so that a little more or less does not cut the
+    text in another way, which would round otherwise.
+    """
+    if device.type != "cuda":
+        return max(1, LOGITS_AT_ONCE // vocabulary)
+    free = available_memory(str(device)) or 0
+    elements = 2 ** max(0, free.bit_length() - 1) // LOGIT_BYTES
+    return max(1, min(CUDA_TOKENS, elements // vocabulary))

@@ -68,7 +68,7 @@ def collect_firings(
         pair = mlp_pairs(model, contexts.to(next(model.parameters()).device), [layer], module_path=text.module_path)[
             layer
         ]
-        code = network.encode((pair.target if network.reads == "output" else pair.x).float())
+        code = network.encode(network.given(*pair).float())
         values, indices = code.values.cpu().float(), code.indices.cpu()
         fires = (values > 0) & content_positions(contexts, text.special_ids)[..., None]
         if wanted is not None:

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from rich.table import Table
 from rich.text import Text
 
-from mxd.evaluation.drawing import compact
 from mxd.evaluation.grid import METRIC_NAMES, FrontierPoint, Metric, drawn_layers, layer_name
 from mxd.evaluation.intervals import Interval
 from mxd.evaluation.rows import EvaluationRow
+from mxd.quantities import compact
 
 _SHORT: dict[Metric, str] = {"ce_increase": "CE +", "nmse": "NMSE", "kl": "KL", "loss_recovered": "Recovered"}
 

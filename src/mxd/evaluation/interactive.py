@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from importlib.resources import files
 
 from mxd.atomic import JSON
-from mxd.evaluation.drawing import compact, kind_style
+from mxd.evaluation.drawing import kind_style
 from mxd.evaluation.grid import (
     METRIC_NAMES,
     Estimate,
@@ -14,6 +14,7 @@ from mxd.evaluation.grid import (
     sparsity_axis,
     sparsity_ticks,
 )
+from mxd.quantities import compact
 
 
 def frontier_script() -> str:

@@ -10,12 +10,12 @@ from torch import nn
 
 from mxd.atomic import JSON
 from mxd.bundled import held_out_modules
-from mxd.data.text import open_text
+from mxd.data.text import TextSource, open_text
 from mxd.data.tokenization import Tokenizer
 from mxd.data.tokens import HeldOut, held_out_contexts, special_tokens
-from mxd.evaluation.faithfulness import EvaluationText, vocabulary
+from mxd.evaluation.faithfulness import EvaluationText
 from mxd.evaluation.record import EvaluationIdentity, identify
-from mxd.models import LanguageModel, fingerprint, load_language_model, load_tokenizer
+from mxd.models import LanguageModel, fingerprint, load_language_model, load_tokenizer, vocabulary_size
 from mxd.runs.run import is_finished, read_configuration
 
 _DESCRIBED = {
@@ -25,7 +25,7 @@ _DESCRIBED = {
     ),
     "resources": ("device",),
     "model": ("revision", "fingerprint"),
-    "text": ("revision",),
+    "text": ("digest", "revision", "split"),
 }
 """What evaluation reads of a run.json, beside its students."""
 
@@ -68,7 +68,7 @@ def load_run_model(run: Path, description: Mapping[str, Any], device: str | None
         device: Where to run; the run's own where None.
 
     Raises:
-        ValueError: If the model's weights are others than those that the run was trained on.
+        ValueError: If the model's weights or settings are others than those that the run was trained on.
     """
     config = description["config"]
     dtype = "auto" if config["model_dtype"] == "auto" else getattr(torch, config["model_dtype"])
@@ -80,8 +80,8 @@ def load_run_model(run: Path, description: Mapping[str, Any], device: str | None
     )
     if description["model"]["fingerprint"] != fingerprint(cast("nn.Module", language_model.model)):
         raise ValueError(
-            f"{run} must be evaluated with the model that it was trained on; the weights of {language_model.id} are "
-            "others. Restore that model, or train anew."
+            f"{run} must be evaluated with the model that it was trained on; {language_model.id} has other weights or "
+            "another config.json now, or an older version of mxd wrote the run. Restore that model, or train anew."
         )
     return language_model
 
@@ -102,9 +102,10 @@ def open_run(
         ValueError: If the model is not the one that the run was trained on, or the text cannot be used.
     """
     config = description["config"]
+    source = open_run_text(run, description, text)
     language_model = load_run_model(run, description, device)
     model = cast("nn.Module", language_model.model)
-    held_out, name = _held_out(description, language_model.tokenizer, vocabulary(model), text, tokens)
+    held_out = _held_out(source, config, language_model.tokenizer, vocabulary_size(model), tokens)
     return OpenedRun(
         language_model=language_model,
         held_out=held_out,
@@ -115,16 +116,49 @@ def open_run(
             passthrough=config["special_positions"] == "passthrough",
             module_path=config["module"],
         ),
-        text_name=name,
+        text_name=source.name,
         identity=_identity(description, held_out),
     )
 
 
-def foresee_identity(description: Mapping[str, Any], text: Sequence[str], tokens: int | None) -> EvaluationIdentity:
+def open_run_text(run: Path, description: Mapping[str, Any], text: Sequence[str]) -> TextSource:
+    """Open the text that a run was trained on, or other text as the run would read it.
+
+    Args:
+        run: The run's folder, for messages.
+        description: Its run.json.
+        text: Other text than the run's own.
+
+    Raises:
+        FileNotFoundError: If a file is missing.
+        ValueError: If the run's own text is not what it was trained on: a document is held out by what is in it, so
+            that one which was changed by a word may be held out now and have been trained on.
+    """
+    config, trained_on = description["config"], description["text"]
+    source = open_text(
+        list(text) or config["text"],
+        text_field=config["text_field"],
+        split=config["split"],
+        revision=None if text else trained_on["revision"],
+        held_out_modules=held_out_modules(),
+    )
+    found = source.identity
+    if not text and any(getattr(found, field) != trained_on[field] for field in _DESCRIBED["text"]):
+        raise ValueError(
+            f"The text of {run} must be what the run was trained on; {source.name} has changed since, so that what is "
+            "held out of it now may have been trained on. Restore it (for stdlib, the version of Python), or name "
+            "other text with --text."
+        )
+    return source
+
+
+def foresee_identity(
+    run: Path, description: Mapping[str, Any], text: Sequence[str], tokens: int | None
+) -> EvaluationIdentity:
     """Return what `open_run` would evaluate on, without loading the model: its tokenizer is enough."""
     tokenizer = load_tokenizer(description["config"]["model"], revision=description["model"]["revision"])
     # Whether ids fit the model is found out when it is there.
-    held_out, _ = _held_out(description, tokenizer, 2**31, text, tokens)
+    held_out = _held_out(open_run_text(run, description, text), description["config"], tokenizer, 2**31, tokens)
     return _identity(description, held_out)
 
 
@@ -133,28 +167,15 @@ def _identity(description: Mapping[str, Any], held_out: HeldOut) -> EvaluationId
 
 
 def _held_out(
-    description: Mapping[str, Any],
-    tokenizer: Tokenizer | None,
-    vocab_size: int,
-    text: Sequence[str],
-    tokens: int | None,
-) -> tuple[HeldOut, str]:
-    config = description["config"]
-    source = open_text(
-        list(text) or config["text"],
-        text_field=config["text_field"],
-        split=config["split"],
-        revision=None if text else description["text"]["revision"],
-        held_out_modules=held_out_modules(),
-    )
-    held_out = held_out_contexts(
+    source: TextSource, config: Mapping[str, Any], tokenizer: Tokenizer | None, vocab_size: int, tokens: int | None
+) -> HeldOut:
+    return held_out_contexts(
         source,
         tokenizer,
         context=config["context"],
         num_tokens=config["eval_tokens"] if tokens is None else tokens,
         vocab_size=vocab_size,
     )
-    return held_out, source.name
 
 
 def _require_described(run: Path, description: Mapping[str, JSON]) -> None:

@@ -136,7 +136,7 @@ class EvaluationRow:
     special_positions: str
     """`replace`, or `passthrough` where the original MLP stayed at BOS and padding."""
     nmse_all_positions: float | None
-    """`nmse` with BOS and padding, which it leaves out; null where the two differ by less than a tenth."""
+    """`nmse` with BOS, padding and first tokens, which it leaves out; null where they differ by less than a tenth."""
     fvu_all_positions: float | None
     """The same for `fvu`."""
 

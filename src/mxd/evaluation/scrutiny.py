@@ -79,7 +79,7 @@ def scrutinise(
 
 
 def _scrutinise(network: SparseLayer, statistics: LatentStatistics, site: MlpSite, sample: LayerSample) -> Scrutiny:
-    x = sample.target if network.reads == "output" else sample.x
+    x = network.given(sample.x, sample.target)
     use = expert_use(statistics)
     ranks = expert_ranks(network, sample_latents(statistics, EXPERTS_RANKED))
     return Scrutiny(

@@ -7,9 +7,10 @@ from typing import Literal, NamedTuple
 from rich.table import Table
 from rich.text import Text
 
-from mxd.evaluation.drawing import compact, describe, group_name, split_student
+from mxd.evaluation.drawing import describe, group_name, split_student
 from mxd.evaluation.grid import layer_name
 from mxd.evaluation.rows import TOGETHER, EvaluationRow
+from mxd.quantities import compact
 
 
 class Column(NamedTuple):

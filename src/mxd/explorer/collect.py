@@ -19,16 +19,13 @@ from rich.progress import Progress
 from torch import Tensor, nn
 
 from mxd.atomic import JSON
-from mxd.bundled import held_out_modules
-from mxd.data.text import open_text
 from mxd.data.tokenization import token_pieces
 from mxd.data.tokens import HeldOut, content_positions, held_out_contexts, packed_contexts, special_tokens
 from mxd.evaluation.collect import LatentStatistics
 from mxd.evaluation.curves import read_curves
-from mxd.evaluation.faithfulness import vocabulary
 from mxd.evaluation.grid import frontier_points
 from mxd.evaluation.interactive import frontier_data
-from mxd.evaluation.opening import load_run_model, read_finished_run
+from mxd.evaluation.opening import load_run_model, open_run_text, read_finished_run
 from mxd.evaluation.record import EVALUATION_FILE, read_record
 from mxd.evaluation.students import TrainedStudent, load_students
 from mxd.explorer.code_store import BYTES_AN_ENTRY, CodeStore
@@ -45,7 +42,8 @@ from mxd.explorer.directions import INPUTS_KEPT, LogitMap, TopInputs, logit_map
 from mxd.explorer.profiles import TextTokens, latents_at_once, profile
 from mxd.explorer.rows import BlockRows, directions_of, map_data, student_facts
 from mxd.layers import SparseCode
-from mxd.models import LanguageModel, mlp_pairs
+from mxd.models import LanguageModel, mlp_pairs, vocabulary_size
+from mxd.quantities import gib
 from mxd.runs.metrics_log import read_metrics
 from mxd.runs.progress import TrainingProgress
 
@@ -95,7 +93,7 @@ def collect(run: Path, database: Path, config: CollectConfig, console: Console |
     began = time.monotonic()
     with new_database(database, identity) as connection:
         language_model = load_run_model(run, description, config.device)
-        held_out, name = _text(description, language_model, config)
+        held_out, name = _text(run, description, language_model, config)
         with _scratch(database) as folder:
             collection = _Collection(language_model, description, students, held_out, folder)
             collection.read(console)
@@ -174,7 +172,7 @@ class _Collection:
                 content = content_positions(contexts, self._special)
                 for gatherer in self._gatherers:
                     pair = pairs[gatherer.student.candidate.layer]
-                    gatherer.observe(pair.target if gatherer.network.reads == "output" else pair.x, content, first)
+                    gatherer.observe(gatherer.network.given(*pair), content, first)
                 done = (first + len(contexts)) * contexts.shape[1]
                 progress.update(
                     done,
@@ -198,7 +196,7 @@ class _Collection:
 
     def _tokens(self) -> TextTokens:
         content = content_positions(self._contexts, self._special)
-        occurrences = torch.bincount(self._contexts[content], minlength=max(vocabulary(self._model), 1))
+        occurrences = torch.bincount(self._contexts[content], minlength=max(vocabulary_size(self._model), 1))
         return TextTokens(self._contexts.flatten().numpy(), self._contexts.shape[1], occurrences.numpy())
 
     def _write_text(self, connection: sqlite3.Connection, text: TextTokens) -> None:
@@ -230,19 +228,15 @@ class _Collection:
         write_student(connection, gatherer.number, name, facts, map_data(connection, gatherer.number))
 
 
-def _text(description: dict[str, Any], language_model: LanguageModel, config: CollectConfig) -> tuple[HeldOut, str]:
+def _text(
+    run: Path, description: dict[str, Any], language_model: LanguageModel, config: CollectConfig
+) -> tuple[HeldOut, str]:
     """Return the text as contexts, and what to call it."""
     settings = description["config"]
-    source = open_text(
-        list(config.text) or settings["text"],
-        text_field=settings["text_field"],
-        split=settings["split"],
-        revision=None if config.text else description["text"]["revision"],
-        held_out_modules=held_out_modules(),
-    )
+    source = open_run_text(run, description, config.text)
     num_tokens = settings["eval_tokens"] if config.tokens is None else config.tokens
     sizes: dict[str, int] = {"context": settings["context"], "num_tokens": num_tokens}
-    sizes["vocab_size"] = vocabulary(cast("nn.Module", language_model.model))
+    sizes["vocab_size"] = vocabulary_size(cast("nn.Module", language_model.model))
     if not config.text:
         return held_out_contexts(source, language_model.tokenizer, **sizes), f"{source.name}, held-out documents"
     documents = itertools.chain(source.documents(held_out=True), source.documents(held_out=False))
@@ -256,8 +250,8 @@ def _require_room(folder: Path, students: Sequence[TrainedStudent], tokens: int)
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise ValueError(
-            f"Collecting needs about {needed / 1e9:.1f} GB beside the database for a while; {folder.parent} has "
-            f"{free / 1e9:.1f} GB. Ask for fewer --tokens or for some --student, or name a --database elsewhere."
+            f"Collecting needs about {gib(needed)} beside the database for a while; {folder.parent} has "
+            f"{gib(free)}. Ask for fewer --tokens or for some --student, or name a --database elsewhere."
         )
 
 

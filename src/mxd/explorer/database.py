@@ -12,7 +12,8 @@ from typing import Any, NamedTuple, cast
 from mxd.atomic import JSON, partial_path, sync_file, sync_folder
 from mxd.checkpoint import edits_digest
 from mxd.explorer.labels import changing
-from mxd.runs.run import CONFIGURATION_FILE, FINISHED_FILE, exclusive
+from mxd.locks import alone
+from mxd.runs.run import CONFIGURATION_FILE, FINISHED_FILE
 
 DATABASE_FILE = "explorer.sqlite"
 VERSION = 3
@@ -162,7 +163,7 @@ def new_database(path: Path, run: RunIdentity) -> Generator[sqlite3.Connection, 
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path.parent} must be a folder to hold the database; it is none; make it first.")
     partial = partial_path(path)
-    with _alone(path):
+    with alone(path, f"Another process is collecting {path}; wait for it, stop it or name another --database."):
         labels = _labels_to_keep(path, run) if path.exists() else []
         partial.unlink(missing_ok=True)
         try:
@@ -202,17 +203,6 @@ def _take_place(partial: Path, path: Path, run: RunIdentity, labels: "list[tuple
             connection.executemany("INSERT INTO labels VALUES (?, ?, ?, ?, ?)", labels)
         sync_file(partial)
         os.replace(partial, path)
-
-
-@contextmanager
-def _alone(path: Path) -> Generator[None, None, None]:
-    """Keep other processes from making a database in the same place; leave no lock behind."""
-    lock = path.with_name(f".{path.name}.lock")
-    with exclusive(lock, f"Another process is collecting {path}; wait for it, stop it or name another --database."):
-        try:
-            yield
-        finally:
-            lock.unlink(missing_ok=True)
 
 
 def require_database(path: Path, run: RunIdentity) -> None:

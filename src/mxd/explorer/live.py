@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mxd.atomic import JSON
 from mxd.checkpoint import edits_digest
-from mxd.data.tokenization import bos_token, eos_token, token_pieces
+from mxd.data.tokenization import bos_token, encode_texts, eos_token, token_pieces
 from mxd.data.tokens import special_tokens
 from mxd.edits import CodeEditor, Edit
 from mxd.evaluation.faithfulness import Variant
@@ -165,7 +165,7 @@ class LiveModel:
             contexts = torch.tensor([ids], device=next(model.parameters()).device)
             pair = mlp_pairs(model, contexts, [layer], module_path=loaded.module_path)[layer]
             network = chosen.candidate.network
-            x = pair.target if network.reads == "output" else pair.x
+            x = network.given(*pair)
             parts, bases = shares(network, x[0].to(network.scorer.weight))
         tokenizer = loaded.language_model.tokenizer
         special = special_tokens(tokenizer)
@@ -267,7 +267,7 @@ class LiveModel:
 
     def _encode(self, loaded: _Loaded, text: str, new_tokens: int = 0) -> list[int]:
         tokenizer = loaded.language_model.tokenizer
-        ids = tokenizer.encode(text, add_special_tokens=False)
+        ids = encode_texts(tokenizer, [text])["input_ids"][0]
         if not ids:
             raise ValueError("The text must have at least one token; it has none. Type something.")
         bos = bos_token(tokenizer)

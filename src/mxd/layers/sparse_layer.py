@@ -119,6 +119,12 @@ class SparseLayer(nn.Module, ABC):
     def scorer(self) -> LinearMap:
         """The map from the encoder's input to the latents' scores."""
 
+    def given(
+        self, x: Float[Tensor, "*batch d_mlp_in"], target: Float[Tensor, "*batch d_out"]
+    ) -> Float[Tensor, "*batch d_in"]:
+        """Return which of an MLP's input and output this layer is applied to: what it `reads`."""
+        return target if self.reads == "output" else x
+
     def scorer_input(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
         """Return what the scorer is applied to: x itself for most kinds."""
         return x

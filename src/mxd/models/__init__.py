@@ -1,7 +1,8 @@
 """Surgery on Hugging Face language models: find an MLP, read what flows through it, put something in its place."""
 
 from mxd.models.blocks import BlockActivations, block_activations
-from mxd.models.loading import LanguageModel, digest, fingerprint, load_language_model, load_tokenizer, require_device
+from mxd.models.identity import digest, fingerprint
+from mxd.models.loading import LanguageModel, load_language_model, load_tokenizer, require_device, vocabulary_size
 from mxd.models.sites import MLP_SITES, MlpSite, MlpSpec, find_block, find_mlp, num_layers
 from mxd.models.surgery import MlpPair, Replacement, ablate_mlp, capture_mlp, mlp_pairs, replace_mlp
 from mxd.models.weights import apply_mlp, hidden_units, mlp_weights
@@ -30,4 +31,5 @@ __all__ = [
     "num_layers",
     "replace_mlp",
     "require_device",
+    "vocabulary_size",
 ]

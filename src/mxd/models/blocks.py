@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mxd.models.sites import find_block, hidden_part
-from mxd.models.surgery import capture_mlp
+from mxd.models.surgery import DeepestReached, capture_mlp
 
 
 class BlockActivations(NamedTuple):
@@ -22,10 +22,6 @@ class BlockActivations(NamedTuple):
     """The MLP's output."""
     residual: Float[Tensor, "batch seq d_model"]
     """The residual stream behind the block."""
-
-
-class _DeepestBlockReached(Exception):
-    """Ends a forward pass of which nothing more is wanted."""
 
 
 @torch.no_grad()
@@ -54,7 +50,7 @@ def block_activations(
         for layer in sorted(layers):
             hook = partial(_record, residuals, layer, layer == max(layers))
             stack.callback(find_block(model, layer, module_path).register_forward_hook(hook).remove)
-        with suppress(_DeepestBlockReached):
+        with suppress(DeepestReached):
             model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
     return {layer: BlockActivations(*pairs[layer], residuals[layer]) for layer in layers}
 
@@ -64,4 +60,4 @@ def _record(
 ) -> None:
     residuals[layer] = hidden_part(output, f"block {layer}")
     if is_last:
-        raise _DeepestBlockReached
+        raise DeepestReached

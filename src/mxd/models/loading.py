@@ -1,12 +1,10 @@
 """Loading a language model from the hub or a folder, with errors that say what to do."""
 
-import hashlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, cast
 
 import torch
-from torch import nn
 
 from mxd.bundled import MODEL_NAME, bundled_model_folder
 
@@ -99,29 +97,9 @@ def require_device(device: str | torch.device) -> None:
         ) from error
 
 
-def fingerprint(model: nn.Module) -> str:
-    """Return a digest of the names, shapes, types and a few entries of all weights: cheap, and other models differ."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        few = parameter.detach().flatten()[:: max(1, parameter.numel() // 64)].float().cpu()
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        digest.update(few.numpy().tobytes())
-    return digest.hexdigest()
-
-
-def digest(model: nn.Module) -> str:
-    """Return a SHA-256 of everything that decides what a model computes: its configuration, weights and buffers.
-
-    Reads all of it: about a second for every gigabyte.
-    """
-    settings: dict[str, object] = cast(Any, model).config.to_dict()
-    ignored = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
-    text = json.dumps({name: value for name, value in settings.items() if name not in ignored}, sort_keys=True)
-    result = hashlib.sha256(text.encode())
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        result.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        result.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return result.hexdigest()
+def vocabulary_size(model: Any) -> int:
+    """Return the number of token ids that a language model can read."""
+    return int(model.get_input_embeddings().weight.shape[0])
 
 
 def _source(model_id: str) -> str:

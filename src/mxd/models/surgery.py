@@ -29,7 +29,7 @@ class MlpPair(NamedTuple):
     """The MLP's output, without the residual stream and without any norm that follows."""
 
 
-class _DeepestLayerReached(Exception):
+class DeepestReached(Exception):
     """Ends a forward pass of which nothing more is wanted."""
 
 
@@ -211,10 +211,10 @@ def mlp_pairs(
     deepest = find_mlp(model, max(layers), module_path)
 
     def stop(x: Tensor, target: Tensor) -> None:
-        raise _DeepestLayerReached
+        raise DeepestReached
 
     capturing, stopping = capture_mlp(model, layers, module_path), _listening({deepest: stop})
-    with capturing as pairs, stopping, suppress(_DeepestLayerReached):
+    with capturing as pairs, stopping, suppress(DeepestReached):
         model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
     missing = sorted(set(layers) - set(pairs))
     if missing:

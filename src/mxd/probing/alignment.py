@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int
 
-from mxd.data.tokenization import Tokenizer
+from mxd.data.tokenization import Tokenizer, encode_texts
 from mxd.probing.examples import Span
 
 CHARACTERS_A_TOKEN = 64
@@ -42,16 +42,7 @@ def tokenize_texts(tokenizer: Tokenizer, texts: Sequence[str]) -> Iterator[Token
             "Convert it to a fast tokenizer of transformers."
         )
     with _all_characters(tokenizer):
-        # verbose=False keeps back the warning that a text is longer than the model's context.
-        encoded = tokenizer(
-            list(texts),
-            add_special_tokens=False,
-            return_offsets_mapping=True,
-            return_attention_mask=False,
-            padding=False,
-            truncation=False,
-            verbose=False,
-        )
+        encoded = encode_texts(tokenizer, texts, return_offsets_mapping=True)
     for text, ids, offsets in zip(texts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
         bounds = np.array(offsets, dtype=np.int64).reshape(-1, 2)
         starts, ends = _without_blanks(text, bounds[:, 0], bounds[:, 1])

@@ -157,7 +157,7 @@ def _dense(probed: Probed, seen: Mapping[int, BlockActivations], chosen: Tensor)
 def _codes(probed: Probed, seen: Mapping[int, BlockActivations], chosen: Tensor) -> Iterator[Entries]:
     for student in probed.students:
         network = student.network
-        given = seen[student.layer].target if network.reads == "output" else seen[student.layer].x
+        given = network.given(seen[student.layer].x, seen[student.layer].target)
         with torch.no_grad():
             code = network.encode(given[chosen].float())
         positions, slots = (code.values > 0).nonzero(as_tuple=True)

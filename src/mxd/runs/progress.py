@@ -13,6 +13,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from mxd.quantities import compact
+
 Metrics: TypeAlias = Mapping[str, Mapping[str, int | float | None]]
 """Student id -> metric -> value."""
 
@@ -172,9 +174,9 @@ class TrainingProgress:
         remaining = max(self._total_tokens - self._tokens, 0)
         eta = str(timedelta(seconds=round(min(remaining / rate, LONGEST_SECONDS)))) if rate > 0 else "–"
         return [
-            f"{_count(self._tokens)}/{_count(self._total_tokens)} {self._unit}",
+            f"{compact(self._tokens)}/{compact(self._total_tokens)} {self._unit}",
             f"{done:.1%}",
-            f"{_count(round(rate))} {self._unit}/s",
+            f"{compact(round(rate))} {self._unit}/s",
             f"ETA {eta}",
         ]
 
@@ -207,12 +209,3 @@ def _number(value: int | float | None) -> str:
 
 def _share(value: int | float | None) -> str:
     return "–" if value is None else f"{value:.1%}"
-
-
-def _count(tokens: int) -> str:
-    """A count in three digits and a unit: 950, 12.3k, 480M, 1.25B."""
-    for scale, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        # From here on the smaller unit would round to four digits.
-        if tokens >= 0.9995 * scale and tokens >= 1000:
-            return f"{tokens / scale:.3g}{unit}"
-    return str(tokens)

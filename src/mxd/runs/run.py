@@ -1,24 +1,20 @@
 """The folder of a run: its immutable configuration and whether it has finished."""
 
-import errno
 import json
-import os
 from collections.abc import Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from importlib.util import find_spec
 from pathlib import Path
-from typing import IO, NamedTuple, cast
+from typing import NamedTuple, cast
 
 from mxd.atomic import JSON, json_text, partial_path, write_json_atomically
+from mxd.locks import exclusive, has_locks
 
 CONFIGURATION_FILE = "run.json"
 FINISHED_FILE = "finished.json"
 VERSIONS = "versions"
 """The field of a configuration that says with what a run was begun."""
 LOCK_FILE = ".lock"
-
-_NO_LOCKS_HERE = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
 
 
 def create_run(path: Path, configuration: Mapping[str, JSON]) -> None:
@@ -131,69 +127,18 @@ def is_finished(path: Path) -> bool:
 def locked(path: Path) -> Generator[None, None, None]:
     """Keep other processes from training in the run's folder, which is made if need be, for as long as this is open.
 
-    The lock is on the open file `.lock`, so it ends with the process, however that ends; the file stays. Where files
-    cannot be locked, as on Windows and some network file systems, nothing is kept out.
+    The lock is on the file `.lock`, which stays. Where files cannot be locked, nothing is kept out.
 
     Raises:
         ValueError: If another process, or this one elsewhere, has the lock, or the path is a file.
     """
-    if not _has_locks():
+    if not has_locks():
         yield
         return
     _refuse_file(path)
     path.mkdir(parents=True, exist_ok=True)
     with exclusive(path / LOCK_FILE, f"another process is training in {path}; wait for it or stop it."):
         yield
-
-
-@contextmanager
-def exclusive(lock: Path, refusal: str) -> Generator[None, None, None]:
-    """Hold the lock on a file, which is made if need be, for as long as this is open.
-
-    Whoever holds it may remove the file. Where files cannot be locked, as on Windows and some network file systems,
-    nothing is kept out.
-
-    Args:
-        lock: The file; nothing is written to it.
-        refusal: What is said where another process, or this one elsewhere, has the lock.
-
-    Raises:
-        ValueError: If somebody else has the lock.
-    """
-    if not _has_locks():
-        yield
-        return
-    import fcntl
-
-    with lock.open("ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(refusal) from error
-        except OSError as error:
-            if error.errno not in _NO_LOCKS_HERE:
-                raise
-            yield
-            return
-        try:
-            # Its last holder may have removed the file since it was opened, and the next one made another.
-            if not _is_same(lock, file):
-                raise ValueError(refusal)
-            yield
-        finally:
-            # Closing alone would leave the lock to forked children, which share the open file.
-            fcntl.flock(file, fcntl.LOCK_UN)
-
-
-def _has_locks() -> bool:
-    return find_spec("fcntl") is not None
-
-
-def _is_same(path: Path, file: IO[bytes]) -> bool:
-    try:
-        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
-    except FileNotFoundError:
-        return False
 
 
 def _refuse_file(path: Path) -> None:

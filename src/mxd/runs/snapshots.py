@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mxd.atomic import JSON, canonical_json, json_text, partial_path, sync_file, sync_folder
+from mxd.atomic import JSON, canonical_json, file_sha256, json_text, partial_path, settle_file, sync_file, sync_folder
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ def save_snapshot(folder: Path, step: int, tensors: Mapping[str, Tensor], state:
         _tidy(folder)
         partial.mkdir()
         _write_tensors(partial / TENSORS_FILE, tensors)
-        content["tensors_sha256"] = _sha256(partial / TENSORS_FILE)
+        content["tensors_sha256"] = file_sha256(partial / TENSORS_FILE)
         content["sha256"] = hashlib.sha256(canonical_json(content).encode()).hexdigest()
         (partial / STATE_FILE).write_text(json_text(content), encoding="utf-8")
         sync_file(partial / STATE_FILE)
@@ -133,10 +133,7 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         raise ValueError(
             f"Tensors must have a dtype that safetensors can store; got {error.args[0]}; convert it."
         ) from error
-    # safetensors makes the file readable by its owner alone, whatever the umask says.
-    mode = path.parent.stat().st_mode & 0o666
-    path.chmod(mode)
-    sync_file(path)
+    settle_file(path)
 
 
 def _without_overlap(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -161,14 +158,9 @@ def _read(path: Path) -> Snapshot:
         raise ValueError(f"the checksum of {STATE_FILE} does not hold.")
     if content["format"] != FORMAT:
         raise ValueError(f"its format must be {FORMAT}; got {content['format']}.")
-    if _sha256(path / TENSORS_FILE) != content["tensors_sha256"]:
+    if file_sha256(path / TENSORS_FILE) != content["tensors_sha256"]:
         raise ValueError(f"the checksum of {TENSORS_FILE} does not hold.")
     return Snapshot(content["step"], load_file(path / TENSORS_FILE), content["state"])
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _snapshots(folder: Path) -> list[Path]:

@@ -9,10 +9,11 @@ from torch import nn
 from mxd.bundled import held_out_modules
 from mxd.data.text import open_text
 from mxd.edits import Edit, with_edits
-from mxd.evaluation.faithfulness import Candidate, vocabulary
+from mxd.evaluation.faithfulness import Candidate
 from mxd.evaluation.firings import collect_firings
 from mxd.evaluation.opening import OpenedRun, open_run, read_finished_run
 from mxd.evaluation.students import load_students
+from mxd.models import vocabulary_size
 from mxd.steering.experiment import UNIT_QUANTILE
 from mxd.steering.side_effects import Effect, concept_text, side_effects
 
@@ -116,7 +117,7 @@ def measure_edits(
             source,
             opened.language_model.tokenizer,
             opened.text,
-            vocab_size=vocabulary(model),
+            vocab_size=vocabulary_size(model),
             tokens=opened.text.contexts.numel(),
         )
     return side_effects(model, place.candidate, before, after, opened.text, with_concept)

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mxd.atomic import JSON
-from mxd.data.tokenization import Tokenizer
+from mxd.data.tokenization import Tokenizer, decode_tokens
 from mxd.edits import Ablate, Add, Clamp, Edit, Operation, Scale, Set, Span, with_edits
 from mxd.evaluation.faithfulness import Candidate, EvaluationText, Variant, replacement
 from mxd.evaluation.firings import collect_firings
@@ -251,7 +251,7 @@ class Experiment:
             return sample_texts(self._model, self._prompt, self.sampling)
 
     def _texts(self, ids: Int[Tensor, "samples new_tokens"]) -> list[str]:
-        return [str(self._tokenizer.decode(row)) for row in ids.tolist()]
+        return [decode_tokens(self._tokenizer, row) for row in ids.tolist()]
 
 
 def distinct_tokens(ids: Int[Tensor, "samples new_tokens"]) -> float:

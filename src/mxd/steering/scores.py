@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mxd.data.tokens import content_positions
-from mxd.evaluation.faithfulness import LOGITS_AT_ONCE, EvaluationText, Variant, vocabulary
+from mxd.evaluation.faithfulness import EvaluationText, Variant, tokens_at_once
 from mxd.evaluation.sampling import evenly_spaced
 from mxd.metrics import kl_divergence, next_token_losses
 
@@ -56,7 +56,7 @@ def mean_state(model: nn.Module, text: EvaluationText) -> Float[Tensor, " d_mode
     Hidden states share a large common direction, which says nothing of a text and makes all cosines large.
     """
     total, count = torch.zeros((), dtype=torch.float64), 0
-    size = max(1, LOGITS_AT_ONCE // vocabulary(model) // text.contexts.shape[1])
+    size = max(1, tokens_at_once(model) // text.contexts.shape[1])
     for contexts in text.contexts[evenly_spaced(len(text.contexts), CENTRE_CONTEXTS)].split(min(size, 8)):
         contexts = contexts.to(next(model.parameters()).device)
         output = cast(Any, model)(input_ids=contexts, output_hidden_states=True, use_cache=False)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mxd.data.text import TextSource
 from mxd.data.tokenization import Tokenizer, bos_token, encoded_documents
 from mxd.edits import Edit, with_edits
-from mxd.evaluation.faithfulness import LOGITS_AT_ONCE, Candidate, EvaluationText, replacement, vocabulary
+from mxd.evaluation.faithfulness import Candidate, EvaluationText, replacement, tokens_at_once
 from mxd.metrics import kl_divergence, next_token_losses
 from mxd.models import mlp_pairs
 
@@ -66,7 +66,7 @@ def side_effects(
     latents = sorted({latent for edit in (*before, *after) for latent in edit.latents})
     totals: dict[str, Tensor] = {}
     for part in (text, *([concept] if concept is not None else [])):
-        for _, contexts in part.chunks(max(1, LOGITS_AT_ONCE // vocabulary(model))):
+        for _, contexts in part.chunks(tokens_at_once(model)):
             contexts = contexts.to(next(model.parameters()).device)
             groups = {CONCEPT: torch.ones_like(contexts[:, 1:], dtype=torch.bool)}
             if part is text:
@@ -130,7 +130,7 @@ def _fires(
 ) -> Bool[Tensor, "n context"]:
     pair = mlp_pairs(model, contexts, [place.layer], module_path=text.module_path)[place.layer]
     network = with_edits(place.network, ())
-    code = network.encode((pair.target if network.reads == "output" else pair.x).float())
+    code = network.encode(network.given(*pair).float())
     named = torch.isin(code.indices, torch.tensor(latents, dtype=code.indices.dtype, device=code.indices.device))
     return (named & (code.values > 0)).any(-1)
 

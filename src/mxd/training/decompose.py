@@ -18,7 +18,7 @@ from mxd.data.text import open_text
 from mxd.data.tokens import open_tokens
 from mxd.edits import edits_of, with_edits
 from mxd.kernels.backends import VARIABLE, chosen_backend, using_backend
-from mxd.models import MlpSite, find_mlp, load_language_model, mlp_weights
+from mxd.models import MlpSite, find_mlp, load_language_model, mlp_weights, vocabulary_size
 from mxd.runs.run import create_run, is_finished, is_run, locked, mark_finished, reopen_run
 from mxd.runs.snapshots import SnapshotError, has_snapshot
 from mxd.training.config import TrainConfig
@@ -167,11 +167,6 @@ def _train_and_save(plan: Plan, out: Path, snapshot_every: float, sinks: Sequenc
         folder = out / "layers" / str(student.layer) / student.id
         save_layer(student.network, folder, _provenance(plan, student_plan))
     mark_finished(out, plan.steps)
-
-
-def vocabulary_size(model: Any) -> int:
-    """Return the number of token ids that a language model can read."""
-    return int(model.get_input_embeddings().weight.shape[0])
 
 
 def require_context(model: Any, context: int) -> None:

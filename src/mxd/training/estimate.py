@@ -15,10 +15,12 @@ import torch
 
 from mxd.kernels.routing import BLOCK_BYTES, BLOCK_BYTES_ELSEWHERE
 from mxd.layers import BatchTopK, SparseLayerConfig, TopK
+from mxd.memory import available_memory
 from mxd.models import MlpSite
+from mxd.quantities import gib
 from mxd.training.config import TrainConfig
 from mxd.training.grid import StudentPlan, plan_students
-from mxd.training.machine import available_memory, product_speed
+from mxd.training.machine import product_speed
 from mxd.training.plan import Plan, buffer_bytes
 from mxd.training.resources import Resources, resolve_device, resolve_resources, resolve_threads
 from mxd.training.shapes import ModelShape
@@ -321,18 +323,6 @@ def require_memory(workload: Workload) -> int | None:
         f"{' beside the model' if workload.model_is_loaded else ''} and {gib(available)} are available on "
         f"{workload.resources.device}; {remedy}."
     )
-
-
-def gib(count: int) -> str:
-    """Return a number of bytes for people.
-
-    Example:
-        >>> gib(3 * 2**29), gib(3 * 2**20)
-        ('1.5 GiB', '3 MiB')
-    """
-    if count < 2**30:
-        return f"{count / 2**20:.3g} MiB"
-    return f"{count / 2**30:.3g} GiB" if count < 1000 * 2**30 else f"{count / 2**30:,.0f} GiB"
 
 
 def _options(grid: Grid) -> dict[str, tuple[object, ...]]:

@@ -36,7 +36,7 @@ def input_normalization(sums: ErrorSums) -> InputNormalization:
         ValueError: If they do not vary or are not finite, so that there is no scale.
     """
     mean = sums.target / sums.tokens
-    variance = (sums.square / sums.tokens - float(mean.square().sum())) / len(mean)
+    variance = sums.variation / sums.tokens / len(mean)
     if not (math.isfinite(variance) and variance > 0):
         raise ValueError(f"inputs must vary and be finite to be normalised; their variance is {variance}.")
     return InputNormalization(mean.float(), torch.tensor(variance).sqrt())

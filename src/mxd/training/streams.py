@@ -20,6 +20,7 @@ from mxd.data.tokenization import tokenizer_digest
 from mxd.data.tokens import TokenStream, special_tokens
 from mxd.metrics import ErrorSums, error_sums
 from mxd.models import LanguageModel, MlpPair, MlpSite, digest, mlp_pairs
+from mxd.quantities import gib
 from mxd.training.config import TrainConfig
 from mxd.training.normalization import InputNormalization, fold_input_normalization_, fold_into_, input_normalization
 from mxd.training.plan import Plan, parameter_dtype
@@ -96,9 +97,9 @@ def announcement(cache: ActivationCache) -> str:
     """One phrase on what a run reads from its cache and what it writes there."""
     there, missing = cache.coverage()
     if missing == 0:
-        return f"cache: complete, {_bytes(there)} in {cache.folder}; the model does not run"
-    writes = f"{_bytes(missing)} to write in {cache.folder} ({_bytes(_room(cache.folder))} free)"
-    return f"cache: {_bytes(there)} to read and {writes}" if there else f"cache: {writes}"
+        return f"cache: complete, {gib(there)} in {cache.folder}; the model does not run"
+    writes = f"{gib(missing)} to write in {cache.folder} ({gib(_room(cache.folder))} free)"
+    return f"cache: {gib(there)} to read and {writes}" if there else f"cache: {writes}"
 
 
 def _require_room(cache: ActivationCache) -> None:
@@ -107,20 +108,13 @@ def _require_room(cache: ActivationCache) -> None:
         raise ValueError(f"{cache.folder} must be where a cache can be written; {place} is not; give another --cache.")
     if missing and _room(place) < missing * (1 + MARGIN):
         raise ValueError(
-            f"the cache needs {_bytes(missing)} in {cache.folder} and a little more; {_bytes(_room(place))} are free: "
+            f"the cache needs {gib(missing)} in {cache.folder} and a little more; {gib(_room(place))} are free: "
             "make room, give another --cache, ask for --cache-dtype bfloat16 or fewer --tokens, or leave --cache out."
         )
 
 
 def _room(folder: Path) -> int:
     return shutil.disk_usage(nearest_folder(folder)).free
-
-
-def _bytes(count: int) -> str:
-    size, units = float(count), ["B", "kB", "MB", "GB", "TB", "PB"]
-    while size >= 999.5 and len(units) > 1:
-        size, units = size / 1000, units[1:]
-    return f"{size:.3g} {units[0]}"
 
 
 def _identity(

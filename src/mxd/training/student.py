@@ -138,8 +138,7 @@ class Student:
         (batch-topk and l1), how many tokens name each transform of a molt, and which latents are dead. Otherwise
         nothing is read back.
         """
-        if self.network.reads == "output":
-            x = target
+        x = self.network.given(x, target)
         if self.normalization is not None:
             x = self.normalization(x)
         tokens_after, at_once = (step + 1) * len(x), self.config.micro_batch_tokens or len(x)
