@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from mxd.atomic import JSON
-from mxd.models.loading import fingerprint
+from mxd.models.identity import fingerprint
 from mxd.privacy.examples import Examples, require_logits, require_sets
 from mxd.privacy.tuning import InduceConfig, Induced, Sets, Tuning
 from mxd.runs.metrics_log import MetricsLog
