@@ -206,7 +206,7 @@ def test_a_model_costs_what_its_shape_says(tiny: TinyRun) -> None:
     loaded, guessed = plan_workload(make_plan(config)), shape_workload(config, recipe.shape)
     assert operations(loaded) == operations(guessed)
     assert memory(loaded) == memory(guessed)
-    # papers.md 1.5: 42.5 million operations a token forward for GPT-2's mixture, of which 9.4 are the MLP's.
+    # Oldfield et al., 2025: 42.5 million operations a token forward for GPT-2's mixture, of which 9.4 are the MLP's.
     gpt2 = of_recipe("paper-gpt2", kind=("mxd",), k=(32,), num_latents=21_490)
     assert operations(gpt2).forward == pytest.approx(42.5e6, rel=2e-3)
     assert operations(gpt2).model == 9 * (2 * 7_087_872 + 4 * 128 * 768)

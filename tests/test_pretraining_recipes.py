@@ -1,4 +1,4 @@
-"""The recipes of `mxd pretrain`, field by field against papers.md 2.2."""
+"""The recipes of `mxd pretrain`, field by field against Oldfield et al., 2024."""
 
 from dataclasses import asdict, replace
 
@@ -70,7 +70,7 @@ def test_the_papers_gpt2_recipe_field_by_field(kind: str, fraction: float, ranks
     blocks = [block_config(found, config.mlp) for found in find_mlps(model)]
     assert len(blocks) == 12
     assert {block.ranks for block in blocks} == {ranks}
-    # The count of papers.md, and the LayerNorm of the value path.
+    # The paper's count, and the LayerNorm of the value path.
     assert {block.num_parameters for block in blocks} == {{"cp": 4_752_472, "tr": 4_783_272}[kind] + 1536}
     assert {(block.d_in, block.d_hidden, block.activation) for block in blocks} == {(768, 3072, "gelu")}
 

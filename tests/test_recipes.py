@@ -36,7 +36,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
 
 
 PAPER: dict[str, object] = {
-    # papers.md 1.4: corpus, split, tokens, batch, rate, schedule, optimiser, context, buffer, type and seed.
+    # Oldfield et al., 2025: corpus, split, tokens, batch, rate, schedule, optimiser, context, buffer, type and seed.
     "text": ("Skylion007/openwebtext",),
     "split": "train",
     "tokens": 480_000_000,
@@ -54,23 +54,23 @@ PAPER: dict[str, object] = {
     "k": (16, 32, 64, 128, 256),
     "seeds": 1,  # "one seed, no error bars"
     "aux_coefficient": 0.0,  # "dead experts: none"
-    # papers.md 1.5: transcoders 32 times as wide; the dense branch as wide as the model's.
+    # Oldfield et al., 2025: transcoders 32 times as wide; the dense branch as wide as the model's.
     "expansion": 32,
     "num_latents": None,
     "hidden": "auto",
-    # papers.md 1.2: the released start, with output biases of zero.
+    # Oldfield et al., 2025: the released start, with output biases of zero.
     "init": "paper",
     "init_from": None,
     "output_bias": "zeros",
     "normalize_input": False,
-    # papers.md 1.5 and 1.6: the three methods of the table; the module is replaced at every position.
+    # Oldfield et al., 2025: the three methods of the table; the module is replaced at every position.
     "kind": ("mxd", "transcoder", "skip-transcoder"),
     "special_positions": "replace",
-    # papers.md 1.6: 200 batches of 128 sequences of 128 tokens.
+    # Oldfield et al., 2025: 200 batches of 128 sequences of 128 tokens.
     "eval_tokens": 3_276_800,
 }
 MODELS = {
-    # papers.md 1.5: model and headline layer. papers.md 1.1: GELU but for Llama, whose activation is UNKNOWN: its own.
+    # Oldfield et al., 2025: model and headline layer; GELU but for Llama, whose activation is not known: its own.
     "paper-gpt2": (paper_gpt2, {"model": "openai-community/gpt2", "layer": (8,), "activation": "gelu"}),
     "paper-pythia-410m": (
         paper_pythia_410m,
@@ -118,7 +118,7 @@ def test_a_recipe_of_fewer_tokens_warms_up_over_fewer(mxd: Command, tmp_path: Pa
 @pytest.mark.parametrize(
     ("name", "experts", "matched", "transcoder", "hidden"),
     [
-        # papers.md 1.5: experts of the released formula, parameters of a transcoder, dense width.
+        # Oldfield et al., 2025: experts of the released formula, parameters of a transcoder, dense width.
         ("paper-gpt2", 21_490, 21_504, 37.77e6, 3072),
         ("paper-pythia-410m", 28_658, None, 67e6, 4096),
         ("paper-pythia-1.4b", 57_330, None, 269e6, 8192),

@@ -12,8 +12,8 @@ def distillation_loss(
 
     $$L = \frac{1}{BO} \sum_{b,o} \frac{(y_{bo} - t_{bo})^2}{\lVert t_b \rVert_2}$$
 
-    The length is not squared, as in the paper's released code (papers.md 1.3; its constant −1 is left out), so that
-    a token counts in proportion to its target's length. A target of zeros has no direction to learn and counts 0,
+    The length is not squared, as in the paper's released code (Oldfield et al., 2025; its constant −1 is left out), so
+    that a token counts in proportion to its target's length. A target of zeros has no direction to learn and counts 0,
     instead of outweighing all others.
     """
     return _mean_square(prediction - target, target)
@@ -46,8 +46,8 @@ def l1_penalty(values: Float[Tensor, "tokens k"], lengths: Float[Tensor, "tokens
 
     $$L_1 = \frac{1}{B} \sum_{b,n} a_{bn} \lVert c_n \rVert_2$$
 
-    With the length, a latent cannot escape by a small value and a long vector (papers.md 1.3, which leaves it out where
-    vectors have unit length).
+    With the length, a latent cannot escape by a small value and a long vector (Oldfield et al., 2025, which leaves it
+    out where vectors have unit length).
     """
     return (values * lengths).sum(-1).mean()
 

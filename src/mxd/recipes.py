@@ -7,7 +7,7 @@ in which one setting varies (`mxd.training.ablations`).
 recipe is a function that returns a `TrainConfig`; change it with `dataclasses.replace`. Nothing here is loaded or
 looked up: a recipe resolves offline.
 
-**What is the paper's** (Oldfield et al., NeurIPS 2025; papers.md 1.4 and 1.5): corpus, tokens, batch, learning rate,
+**What is the paper's** (Oldfield et al., NeurIPS 2025, and its released code): corpus, tokens, batch, learning rate,
 warm-up and schedule, AdamW without decay or clipping, context, size of the shuffle buffer, float32, seed, the ks, the
 three methods, and a budget of parameters of a transcoder 32 times as wide as its input.
 
@@ -26,10 +26,10 @@ three methods, and a budget of parameters of a transcoder 32 times as wide as it
   that it also trained on.
 * All students learn at once, from the same stream.
 
-**What is not known** (UNKNOWN in papers.md) and had to have a value here: which dense encoder and activation the
-headline run on Llama 3.2 3B had (ours: those of the model, a GLU with SiLU; its number of experts is the one that the
-paper's figure has); whether expert rows were normalised in the published runs (ours: yes, the released default); after
-how many tokens a latent counts as dead (ours: mxd's default; it is only logged).
+**What is not known** (neither the paper nor its code says) and had to have a value here: which dense encoder and
+activation the headline run on Llama 3.2 3B had (ours: those of the model, a GLU with SiLU; its number of experts is the
+one that the paper's figure has); whether expert rows were normalised in the published runs (ours: yes, the released
+default); after how many tokens a latent counts as dead (ours: mxd's default; it is only logged).
 """
 
 from collections.abc import Callable
@@ -322,7 +322,7 @@ def find_recipe(name: str) -> Recipe:
 
 
 def _paper(name: str, model: str, layer: int, *, activation: str) -> TrainConfig:
-    """Return the paper's settings (papers.md 1.4 and 1.5) for one layer of a model."""
+    """Return the paper's settings (Oldfield et al., 2025) for one layer of a model."""
     return TrainConfig(
         recipe=name,
         model=model,

@@ -2,7 +2,7 @@
 
 An experts' tensor $W$ of shape (experts of each level …, d_in, d_out) is never built. Each function takes what the
 factors have made of one mode (coefficients times an expert factor, inputs times the input factor) and joins them; the
-last product, with the output factor, is the only one as wide as the output (papers.md 2.1).
+last product, with the output factor, is the only one as wide as the output (Oldfield et al., 2024).
 """
 
 from collections.abc import Sequence

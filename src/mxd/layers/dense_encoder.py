@@ -107,7 +107,7 @@ ENCODERS: dict[str, type[MlpEncoder] | type[GluEncoder]] = {"mlp": MlpEncoder, "
 def dense_encoder(
     encoder: str, d_in: int, d_hidden: int, activation: Activation, generator: Generator | None
 ) -> MlpEncoder | GluEncoder:
-    """Return the dense encoder of this name, freshly initialised (papers.md 1.2: uniform, bound 1/√d_in).
+    """Return the dense encoder of this name, freshly drawn (Oldfield et al., 2025: uniform, bound 1/√d_in).
 
     Raises:
         ValueError: If there is no such encoder.

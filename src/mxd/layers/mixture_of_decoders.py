@@ -56,7 +56,7 @@ class MixtureOfDecodersConfig:
     def flops_per_token(self) -> int:
         """All gate scores, `k` rows of the expert table, dense encoder and decoder.
 
-        For GPT-2 (21,490 experts, k 32) this is 42.5 million where the original MLP takes 9.4 (papers.md 1.5).
+        For GPT-2 (21,490 experts, k 32) this is 42.5 million where the original MLP takes 9.4 (Oldfield et al., 2025).
         """
         dense = num_branches(self.encoder) * self.d_in * self.d_hidden + self.d_hidden * self.d_out
         return 2 * (self.num_experts * self.d_in + self.k * self.d_out + dense)
@@ -156,7 +156,7 @@ class MixtureOfDecoders(SparseLayer):
         """Take the MLP's hidden units; the decoder still begins at zero.
 
         With the MLP's decoder too, experts that agree would be exact at once, and training would leave them so
-        (papers.md 1.2).
+        (Oldfield et al., 2025).
 
         Raises:
             ValueError: If the dense encoder has another shape.

@@ -12,7 +12,7 @@ from mxd.layers.mlp_weights import MlpWeights
 from mxd.layers.selection import MOST_LATENTS, SelectionName, SparseCode, TopK, make_selection, scores_at
 
 Init = Literal["paper", "model"]
-"""Where weights begin: drawn as in the released code (papers.md 1.2), or as those of the MLP that is decomposed."""
+"""Where weights begin: drawn as Oldfield et al. (2025) do, or as those of the MLP that is decomposed."""
 
 
 class SparseLayerOutput(NamedTuple):

@@ -73,8 +73,8 @@ class MultilinearMLPConfig:
 class MultilinearMLP(nn.Module):
     r"""What stands for an MLP: $y = \mathrm{mix}_2(\phi(\mathrm{mix}_1(x; a)); a)$ with $a$ the gate's of $x$.
 
-    Both layers are mixed by the same coefficients (papers.md 2.1), so the block is a mixture of whole MLPs only where
-    one expert is active; it has one gate.
+    Both layers are mixed by the same coefficients (Oldfield et al., 2024), so the block is a mixture of whole MLPs only
+    where one expert is active; it has one gate.
     """
 
     def __init__(self, config: MultilinearMLPConfig, generator: Generator | None = None) -> None:

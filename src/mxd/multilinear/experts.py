@@ -184,8 +184,8 @@ class CPExperts(FactorisedExperts):
     r"""Experts as a CP decomposition: $y = U_{out}^\top [(U_1^\top a_1) \odot \dots \odot (U_{in}^\top [z, 1])]$.
 
     Expert n is $U_{in}\,\mathrm{diag}(u_n)\,U_{out}$ with $u_n$ its row of $U_1$, of rank at most `rank`. The start is
-    the released code's (papers.md 2.1): $U_1 \sim N(1, 1)$ and ones in the factors of further levels, so that all
-    experts are about one linear layer; $U_{in}$ uniform, bound 1/√I; $U_{out}$ uniform, bound 1/√R.
+    the released code's (Oldfield et al., 2024): $U_1 \sim N(1, 1)$ and ones in the factors of further levels, so that
+    all experts are about one linear layer; $U_{in}$ uniform, bound 1/√I; $U_{out}$ uniform, bound 1/√R.
     """
 
     config: CPExpertsConfig
@@ -222,9 +222,9 @@ class CPExperts(FactorisedExperts):
 class TRExperts(FactorisedExperts):
     r"""Experts as a tensor ring: $W(n, i, o) = \mathrm{trace}(U_1(:,n,:)\,U_{in}(:,i,:)\,U_{out}(:,o,:))$.
 
-    In N it grows with R1 R2 alone, which suits many experts. The start is the released code's (papers.md 2.1): each
-    expert's slice is diagonal with entries of N(1, 1), the identity in further levels; the input core is uniform, bound
-    1/√I; the output core uniform, bound 1/√(R3 R1).
+    In N it grows with R1 R2 alone, which suits many experts. The start is the released code's (Oldfield et al., 2024):
+    each expert's slice is diagonal with entries of N(1, 1), the identity in further levels; the input core is uniform,
+    bound 1/√I; the output core uniform, bound 1/√(R3 R1).
 
     Cores are kept with their mode first (experts and input) or last (output), so that a product with one is a single
     matrix product: `W_expert` (N, R1, R2), `W_in` (I, R2, R3), `W_out` (R1, R3, O), the paper's U_out(r3, o, r1).

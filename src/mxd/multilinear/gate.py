@@ -61,8 +61,8 @@ class ScoreBatchNorm(nn.BatchNorm1d):
 class ExpertGate(nn.Module):
     r"""Coefficients $a = \mathrm{entmax}_{1.5}(\mathrm{norm}(G^\top x))$, one vector for each level of the hierarchy.
 
-    $G$ begins at zero, so that all experts begin with equal coefficients; there is no bias (papers.md 2.1). The scores
-    are normalised and made coefficients in float32 or wider, whatever the products' type.
+    $G$ begins at zero, so that all experts begin with equal coefficients; there is no bias (Oldfield et al., 2024). The
+    scores are normalised and made coefficients in float32 or wider, whatever the products' type.
     """
 
     def __init__(

@@ -11,7 +11,7 @@ from mxd.multilinear.gate import require_experts, require_one_of
 from mxd.multilinear.mixture import CPMixtureConfig, TRMixtureConfig
 
 RING = 4
-"""Every rank of the paper's rings but the last free one (papers.md 2.2)."""
+"""Every rank of the paper's rings but the last free one (Oldfield et al., 2024)."""
 
 
 class Match(NamedTuple):
@@ -53,7 +53,7 @@ def matched_rank(
     """Return the smallest rank with which a layer has at least as many parameters as a dense one with bias.
 
     For the 768 → 1000 head of CLIP it is the paper's row: CP 414, 393, 354, 283, 165 for 32 … 512 experts, TR 102, 95,
-    81, 52 for 64 … 512 (papers.md 2.2).
+    81, 52 for 64 … 512 (Oldfield et al., 2024).
 
     Args:
         kind: How the experts are factorised.

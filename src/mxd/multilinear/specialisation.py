@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 STRONG = 0.5
-"""Coefficient from which an input counts as an expert's own (papers.md 2.3)."""
+"""Coefficient from which an input counts as an expert's own (Oldfield et al., 2024)."""
 ROWS_AT_ONCE = 4096
 
 

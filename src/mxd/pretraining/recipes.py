@@ -1,6 +1,6 @@
 """Complete configurations of pre-training, by name.
 
-**What is the papers'** (Oldfield et al., 2024; papers.md 2.2): placement in every MLP, number of experts, ranks as a
+**What is the papers'** (Oldfield et al., 2024): placement in every MLP, number of experts, ranks as a
 share of the width, gates and their normalisation, and of the training what its released configurations say: batch,
 steps, learning rates, warm-up, betas, weight decay and clipping; for the Mixer also mixup, RandAugment and stochastic
 depth.

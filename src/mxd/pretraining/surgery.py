@@ -188,8 +188,8 @@ def count_parameters(model: nn.Module) -> int:
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
     """Return AdamW's groups: matrices and factors decay, vectors (norms, biases) do not.
 
-    `b_in` is the row of the input factor that the constant 1 meets (papers.md 2.1), so it decays with it, although
-    that of CP is a vector. Which weights the paper's runs decayed is not known; this is what nanoGPT does.
+    `b_in` is the row of the input factor that the constant 1 meets (Oldfield et al., 2024), so it decays with it,
+    although that of CP is a vector. Which weights the paper's runs decayed is not known; this is what nanoGPT does.
     """
     decays = {name: parameter.ndim >= 2 or name.endswith("b_in") for name, parameter in model.named_parameters()}
     decaying = [parameter for name, parameter in model.named_parameters() if decays[name]]

@@ -1,7 +1,7 @@
 """What uncertainty is compared with: training without the protected examples, and four ways to blur them.
 
-papers.md 3.5 names them; where it leaves a detail open, the docstring says how it is read here. All train a new model
-by `fit_classifier`; none looks at test data.
+Ashiq et al. (2025) name them; where they leave a detail open, the docstring says how it is read here. All train a new
+model by `fit_classifier`; none looks at test data.
 """
 
 import math

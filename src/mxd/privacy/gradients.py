@@ -67,7 +67,7 @@ def symmetric_surgery(uniform: Sequence[Tensor], accurate: Sequence[Tensor]) -> 
     $$g_u \leftarrow g_u - \frac{g_u \cdot g_c}{\|g_c\|^2} g_c, \qquad
       g_c \leftarrow g_c - \frac{g_u \cdot g_c}{\|g_u\|^2} g_u \qquad \text{if } g_u \cdot g_c < 0,$$
 
-    both from the gradients as they came (PCGrad, Yu et al., 2020; papers.md 3.2): the order does not matter, and the
+    both from the gradients as they came (PCGrad, Yu et al., 2020): the order does not matter, and the
     sum of the two increases neither loss to first order.
 
     Args:

@@ -1,4 +1,4 @@
-"""Pareto fine-tuning: uniform on protected examples, as accurate as before on the others (papers.md 3.2)."""
+"""Pareto fine-tuning: uniform on protected examples, as accurate as before on the others (Ashiq et al., 2025)."""
 
 import time
 from contextlib import ExitStack
@@ -38,10 +38,10 @@ def induce_uncertainty(
 
     Each step takes the gradients $g_u$ of $\theta L_K$ over the protected and $g_c$ of $(1-\theta) L_A$ over the
     retained examples, takes out of each what works against the other (`symmetric_surgery`), and hands
-    $g_u + g_c + \lambda w$ to the optimiser: Algorithm 1 of the paper (papers.md 3.2). The model computes as it does in
-    use, in evaluation mode (no dropout, batch normalisation with its stored statistics), so that losses are means over
-    examples. Of all checks with enough accuracy on validation examples, that with the lowest confidence distance is
-    chosen; the model as given counts as the first check.
+    $g_u + g_c + \lambda w$ to the optimiser: Algorithm 1 of the paper (Ashiq et al., 2025). The model computes as it
+    does in use, in evaluation mode (no dropout, batch normalisation with its stored statistics), so that losses are
+    means over examples. Of all checks with enough accuracy on validation examples, that with the lowest confidence
+    distance is chosen; the model as given counts as the first check.
 
     Args:
         model: A classifier that returns logits, or a transformers model for sequence or token classification or causal

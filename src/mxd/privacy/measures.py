@@ -57,7 +57,7 @@ class PrivacyMeasures:
 
 
 def confidence_distances(logits: Float[Tensor, "counted classes"]) -> Float[Tensor, " counted"]:
-    """How far each row's largest probability lies above 1/Y: max(0, max_c p_c − 1/Y) (papers.md 3.5)."""
+    """How far each row's largest probability lies above 1/Y: max(0, max_c p_c − 1/Y) (Ashiq et al., 2025)."""
     return (logits.softmax(-1).amax(-1) - 1 / logits.shape[-1]).clamp_min(0)
 
 

@@ -2,7 +2,7 @@
 
 A step solves H s = −g for the Hessian H and gradient g of the *whole* objective, which holds λ/2·‖w‖² already: λI is
 in H and λw in g, and neither is added again. The step is taken whole. The released code of the paper takes half of it,
-and shifts eigenvalues until H is positive definite (papers.md 3.3); here such an H is refused.
+and shifts eigenvalues until H is positive definite (Ashiq et al., 2025); here such an H is refused.
 """
 
 import math
@@ -212,8 +212,8 @@ def stochastic_direction(
     $$s_0 = b/B, \qquad s_t = b/B + s_{t-1} - H_t s_{t-1} / B, \qquad H^{-1}b \approx \overline{s_n},$$
 
     the truncated Neumann series with each H replaced by an independent sample's (Agarwal et al., 2017), the
-    recursion of the paper's third algorithm (papers.md 3.3). Its mean is exactly the truncated series, off by at most
-    (1 − m/B)^(n+1) ‖b‖/m, where m is H's smallest eigenvalue. A released step need not rest on that: the bound
+    recursion of the paper's third algorithm (Ashiq et al., 2025). Its mean is exactly the truncated series, off by at
+    most (1 − m/B)^(n+1) ‖b‖/m, where m is H's smallest eigenvalue. A released step need not rest on that: the bound
     from the gradient at the new point holds however the step was found.
 
     Args:

@@ -2,8 +2,8 @@ r"""What test-time privacy minimises: uniform on protected examples, accurate on
 
 $$M_\theta(w) = \theta\,L_K(w, D_f) + (1-\theta)\,L_A(w, D_r) + \tfrac{\lambda}{2}\|w\|^2$$
 
-with $D_f$ the protected and $D_r$ the retained examples (papers.md 3.1). $\lambda$ is counted once: $M_\theta$ holds
-it, so $\nabla M_\theta$ has $\lambda w$ and $\nabla^2 M_\theta$ has $\lambda I$, and nothing is added to either a
+with $D_f$ the protected and $D_r$ the retained examples (Ashiq et al., 2025). $\lambda$ is counted once: $M_\theta$
+holds it, so $\nabla M_\theta$ has $\lambda w$ and $\nabla^2 M_\theta$ has $\lambda I$, and nothing is added to either a
 second time. $\|w\|^2$ runs over every parameter that is trained, biases too, without which $M_\theta$ of a logistic
 regression would not be strongly convex. $L_K$ and $L_A$ are means over all examples of their set (over all counted
 positions, where a model labels tokens): how the examples are cut into batches changes nothing, because batches

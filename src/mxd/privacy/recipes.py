@@ -1,4 +1,4 @@
-"""The paper's settings for CIFAR-10 and CIFAR-100, resolved (papers.md 3.2, read off the released configurations)."""
+"""The paper's settings for CIFAR-10 and CIFAR-100, read off the released configurations (Ashiq et al., 2025)."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast

@@ -2,7 +2,7 @@ r"""What uncertainty on the protected examples costs on the retained ones: bound
 
 $\alpha(w) = L_A(w)$ is the mean cross-entropy on the retained examples, $w_*$ any reference model (the pretrained one),
 $w_\theta$ the exact minimiser of $M_\theta$. The proofs are in docs/privacy_certificate.md; the form and constants of
-the paper's own theorem could not be reconstructed (papers.md 3.4), and none of them is used.
+the paper's own theorem could not be reconstructed (Ashiq et al., 2025), and none of them is used.
 """
 
 import math

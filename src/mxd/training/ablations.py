@@ -1,7 +1,7 @@
 """What each ablation varies: functions that turn a configuration into a grid, and leave its model and text alone.
 
-All of it is ours: the paper lists its ablations and gives neither values nor numbers (papers.md 1.9). Parameters stay
-matched wherever the number of latents is not what varies.
+All of it is ours: the paper lists its ablations and gives neither values nor numbers (Oldfield et al., 2025).
+Parameters stay matched wherever the number of latents is not what varies.
 """
 
 from collections.abc import Callable, Mapping

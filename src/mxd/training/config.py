@@ -15,9 +15,9 @@ PenaltyChoice = float | Literal["auto"]
 WidthChoice = int | Literal["auto"]
 
 PAPER_TOKENS = 480_000_000
-"""Tokens that the paper trains on (papers.md 1.4)."""
+"""Tokens that the paper trains on (Oldfield et al., 2025)."""
 PAPER_WARMUP = 5000 * 4096
-"""Tokens of the paper's warm-up: 5,000 steps, which are 4.27 % of its tokens (papers.md 1.4)."""
+"""Tokens of the paper's warm-up: 5,000 steps, which are 4.27 % of its tokens (Oldfield et al., 2025)."""
 
 
 class Settings(NamedTuple):

@@ -75,7 +75,7 @@ of our own (benchmarks/kernels.py). Elsewhere each block would be a few launches
 def project_gradients_(tables: Iterable[nn.Parameter]) -> None:
     """Take from each row's gradient the part along the row: the step shall turn the row, not stretch it.
 
-    Applied after backward and before the step, to tables whose rows have unit length (papers.md 1.2).
+    Applied after backward and before the step, to tables whose rows have unit length (Oldfield et al., 2025).
     """
     for table in tables:
         if table.grad is not None:

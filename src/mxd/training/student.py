@@ -30,7 +30,7 @@ def distillation(output: SparseLayerOutput, target: Float[Tensor, "tokens d_out"
 
 
 def random_ks(k: int) -> range:
-    """Return the numbers of active latents that training with random K draws from: k − k/2 to k + k/2 (papers.md 1.4).
+    """Return the numbers of active latents that random K draws: k − k/2 to k + k/2 (Oldfield et al., 2025).
 
     Example:
         >>> list(random_ks(5))
