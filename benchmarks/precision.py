@@ -35,7 +35,7 @@ from transformers.utils.logging import disable_progress_bar
 from harness import RESULTS, machine, print_table, write_report
 from mxd.bundled import MODEL_NAME
 from mxd.cli.numbers import COUNTS
-from mxd.evaluation.drawing import GRID, INK, MUTED, figure
+from mxd.evaluation.drawing import GRID, INK, MUTED, add_legend, figure
 from mxd.models import load_language_model
 from mxd.runs.metrics_log import read_metrics
 from mxd.runs.run import read_configuration
@@ -49,6 +49,7 @@ LAST = 0.1
 WITHIN = 0.01
 """Largest relative difference of the final loss that the claim allows."""
 COLOURS = {"float32": "#8a94a3", "bfloat16": "#0072b2"}
+SEED_LINES = ("-", "--", ":", "-.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -188,10 +189,10 @@ def findings(students: Sequence[Trained]) -> dict[str, float]:
 def draw(students: Sequence[Trained], title: str, subtitle: str) -> Figure:
     """Draw the losses, and each one's distance from that of float32's first seed."""
     base = students[0]
-    with figure(9, 3.2, title=title, subtitle=subtitle) as drawing:
+    with figure(9, 3.6, title=title, subtitle=subtitle, legend=True) as drawing:
         losses, differences = drawing.subplots(1, 2)
         for student in students:
-            style = {"color": COLOURS[student.precision], "ls": "-" if student.seed == base.seed else "--", "lw": 1.4}
+            style = {"color": COLOURS[student.precision], "ls": SEED_LINES[student.seed % len(SEED_LINES)], "lw": 1.4}
             label = f"{student.precision}, seed {student.seed}"
             losses.plot(list(student.losses), list(student.losses.values()), label=label, **style)
             away = [100 * relative(loss, base.losses[tokens]) for tokens, loss in student.losses.items()]
@@ -202,13 +203,13 @@ def draw(students: Sequence[Trained], title: str, subtitle: str) -> Figure:
         losses.set_yscale("log")
         for formatted in (losses.yaxis.set_major_formatter, losses.yaxis.set_minor_formatter):
             formatted("{x:g}")
-        losses.legend()
         differences.set_title(f"Its distance from {base.precision}, seed {base.seed}, in % (dotted: 1)")
         for panel in (losses, differences):
             panel.set_xlabel("tokens", color=MUTED)
             panel.locator_params(axis="x", nbins=6)
             panel.xaxis.set_major_formatter(lambda tokens, _: f"{tokens / 1e6:g}M")
             panel.grid(color=GRID)
+        add_legend(drawing, [losses])
         return drawing
 
 

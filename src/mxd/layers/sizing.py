@@ -113,8 +113,8 @@ def paper_num_experts(d_model: int, d_hidden: int, encoder: Encoder = "mlp", exp
 
     For an MLP encoder the scripts charge the mixture `expansion · d_model` biases where it has `d_hidden`, and take
     the hidden width to be four times `d_model`; the match is off by about 0.05 % (Oldfield et al., 2025). With
-    expansion 32 it gives 21,490 experts for GPT-2, 28,658 and 57,330 for Pythia 410M and 1.4B, and 86,015 for Llama 3.2 3B
-    (GLU).
+    expansion 32 it gives 21,490 experts for GPT-2, 28,658 and 57,330 for Pythia 410M and 1.4B, and 86,015 for Llama
+    3.2 3B (GLU).
     """
     budget = 2 * expansion * d_model**2 + expansion * d_model + d_model
     if encoder == "glu":
