@@ -2,8 +2,12 @@ import dataclasses
 import math
 from pathlib import Path
 
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
 from mxd.evaluation.rows import EvaluationRow
-from mxd.evaluation.trade import draw_trade, mean_points
+from mxd.evaluation.trade import draw_panel, draw_trade, mean_points
 from tests.test_report import row
 
 
@@ -30,13 +34,13 @@ def test_a_point_is_the_mean_over_seeds_and_a_line_is_in_the_order_of_specialisa
     assert {line: [point.label for point in points] for line, points in found.items()} == {
         ("transcoder", ""): [""],
         ("shared-transcoder", ""): ["0.1", "1"],
-        ("mxd", "model"): [""],  # the other is not worse than the original model: no place on a logarithm
+        ("mxd", "model"): [""],
+        ("mxd", "paper"): [""],
     }
     (level,), charged = found["transcoder", ""], found["shared-transcoder", ""]
     assert level.specialisation is None
     assert abs(level.loss - 0.04) < 1e-12
     assert abs((charged[1].specialisation or 0) - 0.85) < 1e-12
-    assert ("mxd", "paper") in mean_points(ROWS, "kl")
 
 
 def test_what_is_not_finite_is_left_out_and_a_panel_may_be_empty(tmp_path: Path) -> None:
@@ -47,6 +51,17 @@ def test_what_is_not_finite_is_left_out_and_a_panel_may_be_empty(tmp_path: Path)
     assert mean_points(bad, "ce_increase") == mean_points(bad, "kl") == {}
     better = [dataclasses.replace(row, ce_increase=-0.001) for row in ROWS]
     assert draw_trade(better, tmp_path / "trade.png")
+
+
+@pytest.mark.parametrize(("ce_increase", "scale"), [(0.001, "log"), (-0.001, "linear")])
+def test_a_student_no_worse_than_the_original_model_has_its_place_on_a_linear_axis(
+    ce_increase: float, scale: str
+) -> None:
+    axes = Figure().subplots()
+    draw_panel(axes, mean_points([*ROWS[:6], dataclasses.replace(ROWS[6], ce_increase=ce_increase)], "ce_increase"))
+    assert axes.get_yscale() == scale
+    lowest = min(float(value) for line in axes.lines for value in np.asarray(line.get_ydata()))
+    assert lowest == ce_increase
 
 
 def test_no_grid_is_too_large_to_draw(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from mxd.atomic import write_bytes_atomically
-from mxd.evaluation.drawing import add_legend, describe, figure, kind_style, png, split_student
+from mxd.evaluation.drawing import MUTED, add_legend, describe, figure, kind_style, png, split_student
 from mxd.evaluation.rows import EvaluationRow
 
 if TYPE_CHECKING:
@@ -40,8 +40,9 @@ def draw_trade(rows: Sequence[EvaluationRow], path: Path) -> bool:
     """Write cross-entropy increase and KL against specialisation, and return whether there was anything to draw.
 
     There is a row of panels for each layer and K. A student is a point, the mean over its seeds; those that differ in
-    what they were charged alone are joined. Kinds without a specialisation are level lines. What is not finite, or not
-    above 0, has no place on the logarithmic axis and is left out; so are layers and Ks beyond the first `MOST_PLACES`.
+    what they were charged alone are joined. Kinds without a specialisation are level lines. An axis is logarithmic
+    unless some student is no worse than the original model. What is not finite is left out; so are layers and Ks beyond
+    the first `MOST_PLACES`.
     """
     places: dict[tuple[int, int], list[EvaluationRow]] = {}
     for row in rows:
@@ -58,7 +59,7 @@ def draw_trade(rows: Sequence[EvaluationRow], path: Path) -> bool:
         grid = drawing.subplots(len(places), len(LOSSES), squeeze=False)
         for ((layer, k), members), panels in zip(places.items(), grid, strict=True):
             for (loss, name), axes in zip(LOSSES.items(), panels, strict=True):
-                _draw_panel(axes, mean_points(members, loss))
+                draw_panel(axes, mean_points(members, loss))
                 axes.set_title(f"Layer {layer}, K = {k}")
                 axes.set_ylabel(name)
         add_legend(drawing, list(grid.flat))
@@ -76,7 +77,7 @@ def mean_points(rows: Sequence[EvaluationRow], loss: Loss) -> dict[tuple[str, st
     for group, members in groups.items():
         mean, kind, charge = fmean(getattr(row, loss) for row in members), members[0].kind, members[0].shared_penalty
         values = [row.specialisation for row in members if row.specialisation is not None]
-        if not (0 < mean < math.inf) or not all(map(math.isfinite, values)):
+        if not all(map(math.isfinite, (mean, *values))):
             continue
         label = "" if charge is None else f"{charge:g}"
         setting = re.sub(r"-p[\d.]+(?=-|$)", "", group.removeprefix(kind)).strip("-").replace("-", " ")
@@ -88,12 +89,17 @@ def _num_placed(rows: Sequence[EvaluationRow]) -> int:
     return len({split_student(row.id)[0] for row in rows if row.specialisation is not None})
 
 
-def _draw_panel(axes: "matplotlib.axes.Axes", found: Mapping[tuple[str, str], Sequence[Point]]) -> None:
+def draw_panel(axes: "matplotlib.axes.Axes", found: Mapping[tuple[str, str], Sequence[Point]]) -> None:
+    """Draw the points of a layer and K for one loss."""
     from matplotlib.ticker import LogLocator, NullLocator
 
-    axes.set(yscale="log", xlabel="Specialisation")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_minor_locator(NullLocator())
+    axes.set_xlabel("Specialisation")
+    if all(point.loss > 0 for points in found.values() for point in points):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_minor_locator(NullLocator())
+    else:
+        axes.axhline(0, color=MUTED, linewidth=0.8)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.grid(axis="y")
     kinds = [kind for kind, _ in found]
