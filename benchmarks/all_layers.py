@@ -147,8 +147,9 @@ def _draw(cells: Grid, kinds: Sequence[str], title: str) -> Figure:
     layers = list(dict.fromkeys(cell.layer for cell in cells))
     columns = min(3, len(layers))
     rows = -(-len(layers) // columns)
-    seeds = max(len(members) for found in cells.values() for members in found.values())
-    subtitle = "nats a token; " + ("one seed" if seeds == 1 else f"means of {seeds} seeds, bars: 95 % over seeds")
+    numbers = sorted({len(members) for found in cells.values() for members in found.values()})
+    seeds = " or ".join(map(str, numbers))
+    subtitle = "nats a token; " + ("one seed" if seeds == "1" else f"means of {seeds} seeds, bars: 95 % over seeds")
     with figure(3.6 * columns, 2.7 * rows, title=title, subtitle=subtitle, legend=True) as drawing:
         panels = list(drawing.subplots(rows, columns, squeeze=False).flat)
         for axes, layer in zip(panels, layers, strict=False):
