@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 from tests import tiny_model
+from tests.tiny_run import Command, TinyRun, command, tiny_run
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -31,3 +32,15 @@ def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small text, a tenth of whose documents are held out."""
     return tiny_model.write_text(tmp_path_factory.mktemp("text") / "text.jsonl")
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
+    """The run of this session."""
+    return tiny_run(tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture
+def mxd(capsys: pytest.CaptureFixture[str]) -> Command:
+    """The command line, called in this process."""
+    return command(capsys)

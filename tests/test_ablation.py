@@ -23,7 +23,7 @@ from mxd.training.ablations import ABLATIONS
 from mxd.training.grid import plan_students
 from tests.test_report import all_layers, row
 from tests.test_selection import layer_of
-from tests.tiny_run import Settings, TinyRun, assert_refused, command, copied, tiny_run, training
+from tests.tiny_run import Settings, TinyRun, assert_refused, command, copied, training
 
 EXPERTS = (1024, 2048, 4096, 8192, 16_384, 32_768, 65_536)
 GRIDS: dict[str, dict[str, object]] = {
@@ -204,11 +204,6 @@ def test_a_latent_with_more_than_half_of_the_energy_is_a_collapse() -> None:
     (warning,) = collapse_warnings(rows)
     assert warning.startswith("2/molt-k4 has nearly collapsed to one latent, which carries 97% of the energy")
     assert "(effective number of latents: 1.2)" in warning
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
-    return tiny_run(tmp_path_factory.getbasetemp())
 
 
 def test_a_layer_is_measured_at_other_ks_than_its_own_with_the_same_weights(tiny: TinyRun, tmp_path: Path) -> None:

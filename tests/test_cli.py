@@ -18,9 +18,7 @@ from tests.tiny_run import (
     Settings,
     TinyRun,
     assert_refused,
-    command,
     copied,
-    tiny_run,
     training,
     tree,
 )
@@ -84,16 +82,6 @@ KEYS = [
     "fvu_all_positions",
 ]
 """The keys of a row of `mxd evaluate --json`, which people's scripts read."""
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
-    return tiny_run(tmp_path_factory.getbasetemp())
-
-
-@pytest.fixture
-def mxd(capsys: pytest.CaptureFixture[str]) -> Command:
-    return command(capsys)
 
 
 def test_layers_that_do_not_fit_in_memory_end_in_a_sentence_and_no_traceback(

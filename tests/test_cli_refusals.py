@@ -12,24 +12,11 @@ from tests.tiny_run import (
     TinyRun,
     assert_refused,
     change_json,
-    command,
     copied,
     other_model,
-    tiny_run,
     training,
     tree,
 )
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
-    return tiny_run(tmp_path_factory.getbasetemp())
-
-
-@pytest.fixture
-def mxd(capsys: pytest.CaptureFixture[str]) -> Command:
-    return command(capsys)
-
 
 REFUSED_FLAGS: dict[str, tuple[Settings, tuple[str, ...]]] = {
     "unknown model": ({"model": "nobody/nothing"}, ("A model must be", "found no 'nobody/nothing'", "Check")),

@@ -16,12 +16,7 @@ from mxd.steering.edit_run import find_layer
 from mxd.steering.side_effects import side_effects
 from mxd.steering.steer import steer
 from tests.test_steering import student_of, text_of
-from tests.tiny_run import TinyRun, assert_refused, command, copied, tiny_run
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
-    return tiny_run(tmp_path_factory.getbasetemp())
+from tests.tiny_run import TinyRun, assert_refused, command, copied
 
 
 def test_mxd_edit_edits_measures_undoes_and_exports(

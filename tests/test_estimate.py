@@ -28,20 +28,10 @@ from mxd.training.estimate import (
     student_cost,
 )
 from mxd.training.grid import plan_students
-from tests.tiny_run import Command, TinyRun, assert_refused, command, tiny_run, training
+from tests.tiny_run import Command, TinyRun, assert_refused, training
 
 OFFLINE = ("paper-gpt2", "paper-pythia-410m", "paper-pythia-1.4b", "paper-llama-3.2-3b", "qwen3-1.7b", "gemma-3-4b")
 """Recipes of models that are on no disk of ours."""
-
-
-@pytest.fixture
-def mxd(capsys: pytest.CaptureFixture[str]) -> Command:
-    return command(capsys)
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
-    return tiny_run(tmp_path_factory.getbasetemp())
 
 
 @pytest.fixture

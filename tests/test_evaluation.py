@@ -18,14 +18,9 @@ from mxd.evaluation.evaluate import Evaluation, evaluate_run, write_evaluation
 from mxd.evaluation.rows import EvaluationRow
 from mxd.layers import MixtureOfDecoders, MixtureOfDecodersConfig, SparseLayer
 from mxd.models import load_language_model
-from tests.tiny_run import CONTEXT, KINDS, Settings, TinyRun, change_json, copied, tiny_run
+from tests.tiny_run import CONTEXT, KINDS, Settings, TinyRun, change_json, copied
 
 STUDENTS = [f"{layer}/{kind}-k4" for layer in (0, 1) for kind in KINDS]
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
-    return tiny_run(tmp_path_factory.getbasetemp())
 
 
 @pytest.fixture(scope="module")

@@ -21,12 +21,7 @@ from mxd.judge.interpretation import score
 from mxd.models import load_tokenizer
 from tests.judge_server import Reply, judge_server
 from tests.test_judge import user_of
-from tests.tiny_run import TinyRun, assert_refused, command, copied, tiny_run
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
-    return tiny_run(tmp_path_factory.getbasetemp())
+from tests.tiny_run import TinyRun, assert_refused, command, copied
 
 
 @pytest.fixture(scope="module")

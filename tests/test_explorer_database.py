@@ -29,17 +29,12 @@ from mxd.explorer.live import LiveModel
 from mxd.layers import SparseCode
 from mxd.models import mlp_pairs
 from tests.exploring import STUDENTS, explored, library_of
-from tests.tiny_run import Command, assert_refused, command, copied, tiny_run, tree
+from tests.tiny_run import Command, assert_refused, copied, tiny_run, tree
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return explored(tmp_path_factory.getbasetemp())
-
-
-@pytest.fixture
-def mxd(capsys: pytest.CaptureFixture[str]) -> Command:
-    return command(capsys)
 
 
 def rows(run: Path, query: str) -> list[dict[str, Any]]:

@@ -26,25 +26,13 @@ from tests.tiny_run import (
     TinyRun,
     assert_refused,
     change_json,
-    command,
     copied,
     other_model,
-    tiny_run,
     training,
     tree,
 )
 
 FILES = ["frontier.json", "frontier.md", "frontier.png", "frontier.svg", "report.html"]
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
-    return tiny_run(tmp_path_factory.getbasetemp())
-
-
-@pytest.fixture
-def mxd(capsys: pytest.CaptureFixture[str]) -> Command:
-    return command(capsys)
 
 
 @pytest.fixture(scope="module")

@@ -38,19 +38,9 @@ from mxd.probing.token_codes import collect_tokens
 from mxd.probing.token_probes import probe_tokens
 from mxd.runs.run import read_configuration
 from tests.tiny_model import WORDS
-from tests.tiny_run import Command, TinyRun, assert_refused, command, tiny_run
+from tests.tiny_run import Command, TinyRun, assert_refused
 
 ESCAPE = "\x1b[31m"
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
-    return tiny_run(tmp_path_factory.getbasetemp())
-
-
-@pytest.fixture
-def mxd(capsys: pytest.CaptureFixture[str]) -> Command:
-    return command(capsys)
 
 
 @pytest.fixture(scope="module")

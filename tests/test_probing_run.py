@@ -21,19 +21,9 @@ from mxd.probing.token_codes import collect_tokens
 from mxd.probing.token_probes import probe_tokens
 from mxd.runs.run import read_configuration
 from tests import tiny_model
-from tests.tiny_run import Command, TinyRun, assert_refused, change_json, command, copied, tiny_run
+from tests.tiny_run import Command, TinyRun, assert_refused, change_json, copied
 
 WORDS = tiny_model.WORDS
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
-    return tiny_run(tmp_path_factory.getbasetemp())
-
-
-@pytest.fixture
-def mxd(capsys: pytest.CaptureFixture[str]) -> Command:
-    return command(capsys)
 
 
 @pytest.fixture(scope="module")

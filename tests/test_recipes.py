@@ -22,18 +22,7 @@ from mxd.recipes import (
 )
 from mxd.training.config import TrainConfig
 from mxd.training.grid import plan_students
-from tests.tiny_run import Command, TinyRun, assert_refused, command, tiny_run, training
-
-
-@pytest.fixture
-def mxd(capsys: pytest.CaptureFixture[str]) -> Command:
-    return command(capsys)
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
-    return tiny_run(tmp_path_factory.getbasetemp())
-
+from tests.tiny_run import Command, TinyRun, assert_refused, training
 
 PAPER: dict[str, object] = {
     # Oldfield et al., 2025: corpus, split, tokens, batch, rate, schedule, optimiser, context, buffer, type and seed.

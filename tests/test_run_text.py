@@ -14,21 +14,9 @@ from tests.tiny_run import (
     TinyRun,
     assert_refused,
     change_json,
-    command,
     copied,
-    tiny_run,
     tree,
 )
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
-    return tiny_run(tmp_path_factory.getbasetemp())
-
-
-@pytest.fixture
-def mxd(capsys: pytest.CaptureFixture[str]) -> Command:
-    return command(capsys)
 
 
 @pytest.fixture

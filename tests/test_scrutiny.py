@@ -13,17 +13,12 @@ from mxd.evaluation.jacobians import exact_jacobian_cosines
 from mxd.evaluation.rows import EvaluationRow
 from mxd.layers import MixtureOfDecoders, SparseLayer
 from tests.test_evaluation import STUDENTS, Naive, is_content, naive, named, pairs, standing_in, student
-from tests.tiny_run import CONTEXT, TinyRun, copied, tiny_run
+from tests.tiny_run import CONTEXT, TinyRun, copied
 
 NEW = (
     *("ngram_agreement", "jacobian_cosine", "stable_rank", "numerical_rank", "gini", "top_share"),
     *("always_on", "always_on_share", "fvu_permuted"),
 )
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
-    return tiny_run(tmp_path_factory.getbasetemp())
 
 
 @pytest.fixture(scope="module")

@@ -24,12 +24,7 @@ from tests.judge_server import Reply, judge_server
 from tests.test_generation import mxd
 from tests.test_models import build
 from tests.tiny_model import BOS
-from tests.tiny_run import TinyRun, assert_refused, command, copied, tiny_run
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
-    return tiny_run(tmp_path_factory.getbasetemp())
+from tests.tiny_run import TinyRun, assert_refused, command, copied
 
 
 def test_coherence_is_the_mean_over_pairs_within_less_that_across() -> None:

@@ -14,12 +14,7 @@ from mxd.explorer.live import LiveModel, SteeringRequest
 from mxd.models import load_language_model
 from mxd.steering.sampling import FrequencyPenalty, Sampling, prompt_tokens, sample_texts
 from tests.test_models import build
-from tests.tiny_run import TinyRun, change_json, copied, tiny_run
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
-    return tiny_run(tmp_path_factory.getbasetemp())
+from tests.tiny_run import TinyRun, change_json, copied
 
 
 def test_the_frequency_penalty_is_what_openai_defines() -> None:
