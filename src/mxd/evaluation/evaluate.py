@@ -188,7 +188,6 @@ def _facts(opened: OpenedRun, students: Sequence[TrainedStudent]) -> dict[str, s
 def _row(whole: WholeModel, student: TrainedStudent, quality: Reconstruction, scrutiny: Scrutiny) -> EvaluationRow:
     network, provenance = student.candidate.network, student.provenance
     layer, config = student.candidate.layer, network.config
-    settings = student.settings
     agreement, ranks = quality.specialisation, scrutiny.ranks
     return EvaluationRow(
         id=student.id,
@@ -196,18 +195,6 @@ def _row(whole: WholeModel, student: TrainedStudent, quality: Reconstruction, sc
         kind=network.kind,
         k=config.k,
         k_trained=student.k_trained,
-        num_latents=settings.num_latents,
-        d_hidden=settings.hidden,
-        activation=settings.activation,
-        encoder=settings.encoder,
-        rank=settings.rank,
-        normalize_experts=settings.normalize_experts,
-        shared_expert=settings.shared_expert,
-        selection=settings.selection,
-        l1_coefficient=settings.l1_coefficient,
-        random_k=settings.random_k,
-        shared_penalty=settings.shared_penalty,
-        init=provenance.init,
         seed=provenance.seed,
         parameters=sum(parameter.numel() for parameter in network.parameters()),
         flops_per_token=_flops(config, student.settings.selection, quality.latents.l0),
@@ -231,6 +218,7 @@ def _row(whole: WholeModel, student: TrainedStudent, quality: Reconstruction, sc
         nmse_all_positions=_notable(quality.everywhere.nmse, quality.content.nmse),
         fvu_all_positions=_notable(quality.everywhere.fvu, quality.content.fvu),
         ce_mean=whole.losses[f"mean {layer}"].ce,
+        **student.settings.row_fields(),
         **whole.fields(student.candidate.name, f"zero {layer}"),
     )
 

@@ -24,6 +24,7 @@ from mxd.evaluation.intervals import Interval, percentile_interval, resampled_su
 from mxd.evaluation.rows import TOGETHER, EvaluationRow
 from mxd.metrics import loss_recovered
 from mxd.models import LanguageModel
+from mxd.settings import StudentSettings
 
 
 class ModelFields(TypedDict):
@@ -153,11 +154,7 @@ def measure_model(
     )
 
 
-_COMMON = (
-    *("kind", "k", "k_trained", "num_latents", "d_hidden", "activation", "encoder", "rank", "normalize_experts"),
-    "shared_expert",
-    *("selection", "l1_coefficient", "random_k", "init", "seed", "tokens_trained"),
-)
+_COMMON = ("kind", "k", "k_trained", *StudentSettings().row_fields(), "seed", "tokens_trained")
 """What a row of several layers says where they agree."""
 
 
