@@ -16,6 +16,7 @@ from mxd.cli import demo as demo_command
 from mxd.data.activation_cache import ActivationCache, CacheIdentity
 from mxd.data.activations import ActivationStream
 from mxd.models import MlpPair, load_language_model
+from mxd.runs.faults import TrainingFault, TrainingInterrupted
 from mxd.runs.run import create_run, is_finished, locked
 from mxd.training import decompose as decomposing
 from mxd.training import streams
@@ -23,7 +24,6 @@ from mxd.training.config import TrainConfig
 from mxd.training.decompose import decompose, make_plan
 from mxd.training.plan import Plan
 from mxd.training.resources import usable_cores
-from mxd.training.train import TrainingFault, TrainingInterrupted
 from tests.tiny_run import TinyRun, assert_refused, command, training
 from tests.train_command import Mxd
 

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from mxd.kernels import backends
+from mxd.runs.faults import TrainingFault
 from mxd.training import resources
 from mxd.training.config import TrainConfig
 from mxd.training.decompose import activation_stream, decompose, make_plan
 from mxd.training.student import Student
-from mxd.training.train import TrainingFault
 
 
 @pytest.fixture

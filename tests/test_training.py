@@ -18,6 +18,7 @@ from mxd.kernels.backends import backend
 from mxd.layers import MixtureOfDecodersConfig, SparseLayerOutput
 from mxd.layers.sizing import transcoder_budget
 from mxd.models import mlp_pairs
+from mxd.runs.faults import TrainingFault
 from mxd.runs.metrics_log import read_metrics
 from mxd.runs.run import read_configuration
 from mxd.training import decompose as decomposing
@@ -26,7 +27,7 @@ from mxd.training.decompose import activation_stream, decompose, make_plan
 from mxd.training.grid import learning_rate
 from mxd.training.optimizer import Schedule
 from mxd.training.student import Student, StudentConfig
-from mxd.training.train import TrainingFault, train
+from mxd.training.train import train
 from tests.test_optimizer import CONFIGS, D, every_kind, layer_of
 from tests.tiny_model import D_HIDDEN, D_MODEL
 

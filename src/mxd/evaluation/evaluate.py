@@ -7,8 +7,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
 
-from torch import nn
-
 from mxd.checkpoint import edits_digest
 from mxd.edits import edits_of
 from mxd.evaluation.ablation import draw_ablations
@@ -91,7 +89,7 @@ def evaluate_run(
     at_once = settings_together(run, places) if together else {}
     opened = open_run(run, description, text, tokens, device)
     for student in chosen:
-        student.candidate.network.to(next(cast("nn.Module", opened.language_model.model).parameters()).device)
+        student.candidate.network.to(opened.language_model.device)
     return _evaluate(replace(opened, identity=replace(opened.identity, edits=edits)), chosen, at_once)
 
 
@@ -137,7 +135,7 @@ def _evaluate(
     opened: OpenedRun, students: Sequence[TrainedStudent], at_once: Mapping[str, Sequence[str]]
 ) -> Evaluation:
     language_model, text = opened.language_model, opened.text
-    model = cast(nn.Module, language_model.model)
+    model = language_model.module
     named = {student.candidate.name: student for student in students}
     candidates = [student.candidate for student in students]
     quality = reconstructions(model, candidates, text)
@@ -169,7 +167,7 @@ def _evaluate(
 
 
 def _facts(opened: OpenedRun, students: Sequence[TrainedStudent]) -> dict[str, str]:
-    parameter = next(cast(nn.Module, opened.language_model.model).parameters())
+    parameter = next(opened.language_model.module.parameters())
     tokens_trained = students[0].provenance.tokens_trained
     layers = sorted({student.candidate.layer for student in students})
     edited = [student.candidate.name for student in students if edits_of(student.candidate.network)]

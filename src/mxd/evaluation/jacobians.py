@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mxd.metrics import widest_dtype
+
 TokenMap = Callable[[Tensor], Tensor]
 """A differentiable function of each token by itself, from (tokens, d_in) to (tokens, d_out)."""
 
@@ -75,7 +77,7 @@ def _cosines(
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         predictions, targets = layer(x), mlp(x)
-    widest = torch.float32 if x.device.type == "mps" else torch.float64
+    widest = widest_dtype(x.device)
     sums = x.new_zeros(3, len(x), dtype=widest)
     for probe in probes(targets):
         # The tokens do not mix, so that one product with the batch's Jacobian is one with every token's.

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mxd.evaluation.collect import LatentStatistics
 from mxd.layers import SparseLayer
+from mxd.metrics import in_float64
 
 EPS = torch.finfo(torch.float32).eps
 """Layers are trained in float32: smaller differences are rounding."""
@@ -38,8 +39,7 @@ def ranks(matrix: Float[Tensor, "rows columns"]) -> Ranks:
     The squares of the singular values are the eigenvalues of the smaller Gram matrix, in float64, where what squaring
     loses is far below float32's rounding.
     """
-    wide = matrix.detach().cpu() if matrix.device.type == "mps" else matrix.detach()
-    wide = wide.double()
+    wide = in_float64(matrix.detach())
     gram = wide.t() @ wide if wide.shape[0] > wide.shape[1] else wide @ wide.t()
     squares = torch.linalg.eigvalsh(gram).clamp_min(0)
     largest = squares[-1]

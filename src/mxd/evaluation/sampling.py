@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from mxd.data.tokens import content_positions
 from mxd.evaluation.faithfulness import EvaluationText
-from mxd.models import mlp_pairs
+from mxd.models import device_of, mlp_pairs
 
 
 def evenly_spaced(available: int, wanted: int) -> Int[Tensor, " chosen"]:
@@ -36,7 +36,7 @@ def sample_layer(model: nn.Module, layer: int, text: EvaluationText, num_tokens:
     The contexts are evenly spaced, each is whole, and the model runs on them once, as far as this block.
     """
     chosen = evenly_spaced(len(text.contexts), max(1, num_tokens // text.contexts.shape[1]))
-    contexts = text.contexts[chosen].to(next(model.parameters()).device)
+    contexts = text.contexts[chosen].to(device_of(model))
     pair = mlp_pairs(model, contexts, [layer], module_path=text.module_path)[layer]
     content = content_positions(contexts, text.special_ids)
     return LayerSample(pair.x[content].float(), pair.target[content].float(), pair.x.dtype)

@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mxd.metrics import in_float64
+
 
 class Specialisation(NamedTuple):
     """The share of a prediction's variance that is lost when the experts' direction is taken away."""
@@ -92,12 +94,12 @@ def specialisation(
         chosen = torch.linspace(0, len(prediction) - 1, max_tokens, dtype=torch.float64).round().long()
         prediction, dense = prediction[chosen.to(prediction.device)], dense[chosen.to(dense.device)]
         base = None if base is None else base[chosen.to(base.device)]
-    y, q = prediction.detach().double(), dense.detach().double()
+    y, q = in_float64(prediction.detach()), in_float64(dense.detach())
     if len(y) == 0:
         return Specialisation(0.0, 0.0, 0)
     energy = y.square().sum().item()
     variance = (y - y.mean(0)).square().sum().item()
-    y = y if base is None else y - base.detach().double()
+    y = y if base is None else y - in_float64(base.detach())
     # Centring changes b only, and keeps the differences of sums exact.
     y = y - y.mean(0)
     if variance <= torch.finfo(torch.float64).eps * energy:

@@ -7,7 +7,7 @@ from typing import Any, TypedDict, cast, get_args
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from mxd.evaluation.continuations import ngram_agreements
 from mxd.evaluation.faithfulness import (
@@ -130,7 +130,7 @@ def measure_model(
         text: What the model predicts.
         num_bytes: Bytes of UTF-8 that the predicted tokens stand for.
     """
-    model = cast("nn.Module", language_model.model)
+    model = language_model.module
     replaced = {
         candidate.name: replacement(model, {candidate.layer: candidate.network}, text) for candidate in candidates
     }

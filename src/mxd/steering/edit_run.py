@@ -2,9 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, cast
-
-from torch import nn
+from typing import Any, NamedTuple
 
 from mxd.bundled import held_out_modules
 from mxd.data.text import open_text
@@ -36,7 +34,7 @@ class LayerToEdit(NamedTuple):
     def open(self, text: Sequence[str], tokens: int | None, device: str | None) -> OpenedRun:
         """Load the model and the text, and take the layer where the model is."""
         opened = open_run(self.run, self.description, text, tokens, device)
-        self.candidate.network.to(next(cast("nn.Module", opened.language_model.model).parameters()).device)
+        self.candidate.network.to(opened.language_model.device)
         return opened
 
 
@@ -65,7 +63,7 @@ def units_of(
         ValueError: If one of them fires nowhere, or does not exist.
     """
     opened, network = place.open(text, tokens, device), with_edits(place.candidate.network, ())
-    model = cast("nn.Module", opened.language_model.model)
+    model = opened.language_model.module
     firings = collect_firings(model, place.candidate.layer, network, opened.text, latents)
     units = {latent: firings.quantile(latent, UNIT_QUANTILE) for latent in latents}
     silent = [latent for latent, unit in units.items() if unit is None]
@@ -103,7 +101,7 @@ def measure_edits(
     """
     with_edits(place.candidate.network, after)
     opened = place.open(text, tokens, device)
-    model = cast("nn.Module", opened.language_model.model)
+    model = opened.language_model.module
     with_concept = None
     if concept:
         source = open_text(

@@ -7,14 +7,14 @@ from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from mxd.atomic import JSON
 from mxd.data.tokenization import Tokenizer, decode_tokens
 from mxd.edits import Ablate, Add, Clamp, Edit, Operation, Scale, Set, Span, with_edits
 from mxd.evaluation.faithfulness import Candidate, EvaluationText, Variant, replacement
 from mxd.evaluation.firings import collect_firings
-from mxd.models import LanguageModel
+from mxd.models import LanguageModel, device_of
 from mxd.steering.sampling import Sampling, prompt_tokens, sample_texts
 from mxd.steering.scores import Reading, Reference, likeness, mean_state, moved, read_texts, reference_logits
 from mxd.steering.steer import steer
@@ -166,9 +166,9 @@ class Experiment:
                 f"got {beyond[0]}."
             )
         self.student, self.text, self.sampling, self.intervention = student, text, sampling, intervention
-        self._model = cast("nn.Module", language_model.model)
+        self._model = language_model.module
         self._tokenizer: Tokenizer = language_model.tokenizer
-        self._prompt = prompt_tokens(self._tokenizer, sampling.prompt, next(self._model.parameters()).device)
+        self._prompt = prompt_tokens(self._tokenizer, sampling.prompt, device_of(self._model))
         self._centre: Float[Tensor, " d_model"] = mean_state(self._model, text)
         self._units = self._find_units(latents) if intervention.needs_unit else {}
         self._ids = self._sample(self._replaced)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mxd.atomic import JSON
 from mxd.data.activations import ActivationBatch, ActivationPosition, StreamState
+from mxd.runs.faults import TrainingFault, TrainingInterrupted
 from mxd.runs.metrics_log import MetricsLog, MetricsSink, Mirror
 from mxd.runs.progress import TrainingProgress
 from mxd.runs.signals import Stopped, StopRequest, interruptible
@@ -27,14 +28,6 @@ LOG_EVERY = 20
 
 SinkOpener = Callable[[int], MetricsSink]
 """Opens a sink when training begins; it is told the first step that will be logged."""
-
-
-class TrainingFault(RuntimeError):
-    """Training stopped because a number was not finite or something failed; the last good snapshot is intact."""
-
-
-class TrainingInterrupted(RuntimeError):
-    """Training stopped because a signal asked for it; a snapshot holds everything."""
 
 
 @runtime_checkable
