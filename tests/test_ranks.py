@@ -102,6 +102,8 @@ def test_latents_that_add_one_vector_are_of_rank_one() -> None:
 
 def test_a_kind_whose_latents_depend_on_the_input_otherwise_has_none() -> None:
     class Bilinear(Transcoder):
+        fixed_atoms = False
+
         def atoms(self, x: Tensor, indices: Tensor) -> Tensor:
             return super().atoms(x, indices) * x.sum(-1)[..., None, None]
 
