@@ -23,9 +23,10 @@ from mxd.runs.metrics_log import read_metrics
 from mxd.runs.run import read_configuration
 from mxd.training import decompose as decomposing
 from mxd.training.config import TrainConfig
-from mxd.training.decompose import activation_stream, decompose, make_plan
+from mxd.training.decompose import decompose, make_plan
 from mxd.training.grid import learning_rate
 from mxd.training.optimizer import Schedule
+from mxd.training.streams import activation_stream
 from mxd.training.student import Student, StudentConfig
 from mxd.training.train import train
 from tests.test_optimizer import CONFIGS, D, every_kind, layer_of

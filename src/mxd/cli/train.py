@@ -23,7 +23,7 @@ from mxd.runs.faults import TrainingInterrupted
 from mxd.runs.metrics_log import TensorBoardSink, WandbSink
 from mxd.runs.run import is_finished, is_run, read_configuration, reopen_run, require_command, require_place
 from mxd.training.config import TrainConfig
-from mxd.training.decompose import MAY_DIFFER, Plan, decompose, make_plan
+from mxd.training.decompose import MAY_DIFFER, decompose, make_plan
 from mxd.training.estimate import (
     EFFICIENCY,
     Workload,
@@ -34,6 +34,7 @@ from mxd.training.estimate import (
     require_memory,
     shape_workload,
 )
+from mxd.training.plan import Plan
 from mxd.training.shapes import ModelShape
 from mxd.training.streams import announcement
 from mxd.training.train import SinkOpener

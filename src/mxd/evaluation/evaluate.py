@@ -25,6 +25,7 @@ from mxd.evaluation.trade import draw_trade
 from mxd.evaluation.whole_model import WholeModel, measure_model, together_row
 from mxd.layers import L1, SparseLayerConfig, TopKAutoencoder
 from mxd.runs.metrics_log import read_metrics
+from mxd.runs.run import METRICS_FILE
 
 NOTABLE_DIFFERENCE = 0.1
 """Relative difference above which reconstruction errors with special positions are reported beside those without."""
@@ -108,7 +109,7 @@ def write_evaluation(run: Path, evaluation: Evaluation, *, title: str, footer: s
     pictures = [path.name for path in draw_ablations(evaluation.rows, run)]
     pictures += ["trade.png"] if draw_trade(own, run / "trade.png") else []
     draw_frontier(own, run / "frontier.png")
-    metrics = run / "metrics.jsonl"
+    metrics = run / METRICS_FILE
     write_report(
         run / "report.html",
         title=title,

@@ -46,6 +46,7 @@ from mxd.models import LanguageModel, device_of, mlp_pairs, vocabulary_size
 from mxd.quantities import gib
 from mxd.runs.metrics_log import read_metrics
 from mxd.runs.progress import TrainingProgress
+from mxd.runs.run import METRICS_FILE
 
 CONTEXTS_KEPT = 8
 """Strongest contexts of each latent."""
@@ -259,7 +260,7 @@ def _facts(
     run: Path, language_model: LanguageModel, students: Sequence[TrainedStudent], held_out: HeldOut, name: str
 ) -> dict[str, JSON]:
     evaluation = run / EVALUATION_FILE
-    metrics = run / "metrics.jsonl"
+    metrics = run / METRICS_FILE
     curves = read_curves(read_metrics(metrics)) if metrics.is_file() else []
     rows = read_record(evaluation).rows if evaluation.is_file() else []
     return {

@@ -8,7 +8,7 @@ from typing import Any
 import sklearn
 
 from mxd.atomic import JSON
-from mxd.checkpoint import edits_digest
+from mxd.checkpoint import CONFIG_FILE, edits_digest, layer_folder
 from mxd.evaluation.opening import load_run_model, read_finished_run
 from mxd.evaluation.students import TrainedStudent, load_students
 from mxd.models import LanguageModel, device_of
@@ -152,6 +152,6 @@ def _facts(language_model: LanguageModel, students: Sequence[TrainedStudent]) ->
 def _identity(run: Path, description: Mapping[str, Any], students: Sequence[TrainedStudent]) -> dict[str, JSON]:
     weights: dict[str, JSON] = {}
     for student in students:
-        stored = json.loads((run / "layers" / student.candidate.name / "config.json").read_text(encoding="utf-8"))
+        stored = json.loads((layer_folder(run, student.candidate.name) / CONFIG_FILE).read_text(encoding="utf-8"))
         weights[student.candidate.name] = stored["weights_sha256"]
     return {"model": description["model"]["fingerprint"], "weights_sha256": weights}

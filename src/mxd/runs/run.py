@@ -16,6 +16,9 @@ FINISHED_FILE = "finished.json"
 VERSIONS = "versions"
 """The field of a configuration that says with what a run was begun."""
 LOCK_FILE = ".lock"
+METRICS_FILE = "metrics.jsonl"
+SNAPSHOTS = "snapshots"
+"""The folder of the snapshots from which a run goes on."""
 
 
 def create_run(path: Path, configuration: Mapping[str, JSON]) -> None:

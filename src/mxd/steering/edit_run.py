@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mxd.bundled import held_out_modules
+from mxd.checkpoint import layer_folder
 from mxd.data.text import open_text
 from mxd.edits import Edit, with_edits
 from mxd.evaluation.faithfulness import Candidate
@@ -29,7 +30,7 @@ class LayerToEdit(NamedTuple):
     @property
     def folder(self) -> Path:
         """The layer's folder."""
-        return self.run / "layers" / self.candidate.name
+        return layer_folder(self.run, self.candidate.name)
 
     def open(self, text: Sequence[str], tokens: int | None, device: str | None) -> OpenedRun:
         """Load the model and the text, and take the layer where the model is."""

@@ -12,7 +12,7 @@ import torch
 
 from mxd.atomic import JSON
 from mxd.bundled import held_out_modules
-from mxd.checkpoint import Checkpoint, Provenance, load_checkpoint, save_layer
+from mxd.checkpoint import Checkpoint, Provenance, layer_folder, load_checkpoint, save_layer
 from mxd.data.prefetch import Prefetch
 from mxd.data.text import open_text
 from mxd.data.tokens import open_tokens
@@ -29,6 +29,7 @@ from mxd.models import (
 )
 from mxd.runs.faults import TrainingFault
 from mxd.runs.run import (
+    SNAPSHOTS,
     create_run,
     is_finished,
     is_run,
@@ -176,7 +177,7 @@ def _train_and_save(plan: Plan, out: Path, snapshot_every: float, sinks: Sequenc
     torch.set_num_threads(plan.resources.threads)
     stream = activation_stream(plan)
     # A snapshot holds all weights and normalisations: what they began from is neither read nor computed again.
-    begins = not has_snapshot(out / "snapshots")
+    begins = not has_snapshot(out / SNAPSHOTS)
     students = [_student(plan, student, begins=begins) for student in plan.students]
     if begins and (plan.config.normalize_input or plan.config.output_bias == "mean"):
         start_from_activations(plan, students)
@@ -197,8 +198,7 @@ def _train_and_save(plan: Plan, out: Path, snapshot_every: float, sinks: Sequenc
     for student, student_plan in zip(students, plan.students, strict=True):
         if student.normalization is not None:
             fold_input_normalization_(student.network, student.normalization)
-        folder = out / "layers" / str(student.layer) / student.id
-        save_layer(student.network, folder, _provenance(plan, student_plan))
+        save_layer(student.network, layer_folder(out, student_plan.name), _provenance(plan, student_plan))
     mark_finished(out, plan.steps)
 
 
@@ -311,7 +311,7 @@ def _student(plan: Plan, student: StudentPlan, *, begins: bool = True) -> Studen
 
 
 def _initial_layer(run: Path, student: StudentPlan) -> Checkpoint:
-    folder = run / "layers" / str(student.layer) / student.id
+    folder = layer_folder(run, student.name)
     checkpoint = load_checkpoint(folder)
     layer = checkpoint.layer
     if layer.config != student.network:
