@@ -9,11 +9,10 @@ from mxd.checkpoint import layer_folder
 from mxd.data.text import open_text
 from mxd.edits import Edit, with_edits
 from mxd.evaluation.faithfulness import Candidate
-from mxd.evaluation.firings import collect_firings
 from mxd.evaluation.opening import OpenedRun, open_run, read_finished_run
 from mxd.evaluation.students import load_students
 from mxd.models import vocabulary_size
-from mxd.steering.experiment import UNIT_QUANTILE
+from mxd.steering.experiment import latent_units
 from mxd.steering.side_effects import Effect, concept_text, side_effects
 
 
@@ -63,10 +62,8 @@ def units_of(
     Raises:
         ValueError: If one of them fires nowhere, or does not exist.
     """
-    opened, network = place.open(text, tokens, device), with_edits(place.candidate.network, ())
-    model = opened.language_model.module
-    firings = collect_firings(model, place.candidate.layer, network, opened.text, latents)
-    units = {latent: firings.quantile(latent, UNIT_QUANTILE) for latent in latents}
+    opened = place.open(text, tokens, device)
+    units = latent_units(opened.language_model.module, place.candidate, opened.text, latents)
     silent = [latent for latent, unit in units.items() if unit is None]
     if silent:
         raise ValueError(
