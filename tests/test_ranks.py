@@ -19,10 +19,7 @@ from mxd.layers import (
     Transcoder,
     TranscoderConfig,
 )
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+from tests.tensors import normal
 
 
 @pytest.mark.parametrize("shape", [(9, 9), (12, 5), (5, 12), (1, 6)])
