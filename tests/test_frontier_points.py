@@ -114,6 +114,10 @@ def test_all_layers_together_tell_every_setting_that_they_agree_in() -> None:
         field = "d_hidden" if name == "hidden" else name
         others = [members[0], replace(members[1], **{field: None})]
         assert together_row(whole, "together/mxd-k16", others).settings == told._replace(**{name: None}), name
-    charged = replace(together, shared_penalty=0.2, seed=1)
-    points = [(point.name, len(point.rows)) for point in frontier_points([together, charged])]
-    assert len(points) == 2, "two charges are no two seeds of one"
+    runs: list[RunRows] = []
+    for seed, charge in enumerate((0.1, 0.2)):
+        charged = [replace(member, shared_penalty=charge, seed=seed) for member in members]
+        rows = [*charged, together_row(whole, "together/mxd-k16", charged)]
+        runs.append(RunRows(Path(f"r{seed}"), {"shared_penalty": charge, "seed": seed}, rows))
+    points = frontier_points([found for rows in beside_each_other(runs) for found in rows])
+    assert [(point.layer, len(point.rows)) for point in points if point.layer is None] == [(None, 1), (None, 1)]

@@ -59,7 +59,8 @@ def test_positions_are_found_where_the_configuration_has_them() -> None:
     sizes = {"vocab_size": 97, "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "head_dim": 4}
     text = {**sizes, "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 24}
     vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = hf.Gemma3Config(text_config=text, vision_config={**vision, "image_size": 28, "patch_size": 14})
+    vision |= {"image_size": 28, "patch_size": 14}
+    config = hf.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
     assert not hasattr(config, "max_position_embeddings")
     model = hf.Gemma3ForConditionalGeneration(config)
     assert most_positions(model) == 24

@@ -11,8 +11,9 @@ from mxd.evaluation.collect import LatentStatistics
 from mxd.evaluation.continuations import agreement
 from mxd.evaluation.ranks import ranks
 from mxd.evaluation.specialisation import specialisation
+from mxd.explorer import live
 from mxd.explorer.live import shares
-from mxd.layers import TranscoderConfig
+from mxd.layers import Transcoder, TranscoderConfig
 from mxd.metrics import in_float64, widest_dtype
 from mxd.steering.scores import Reference, moved, read_texts
 
@@ -24,10 +25,11 @@ class Narrow(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is Tensor.device.__get__:
+        if func == Tensor.device.__get__:
             return MPS
         if func is Tensor.cpu:
-            return args[0].as_subclass(Tensor)
+            with torch._C.DisableTorchFunctionSubclass():
+                return args[0].as_subclass(Tensor)
         found = super().__torch_function__(func, types, args, kwargs or {})
         if isinstance(found, Narrow) and found.dtype == torch.float64:
             raise TypeError(
@@ -80,15 +82,22 @@ def test_texts_that_were_sampled() -> None:
     assert moved(Model(), _nothing, prompt, reference) > 0
 
 
-def test_shares_of_experts() -> None:
-    layer = TranscoderConfig(d_in=5, d_out=5, num_latents=8, k=2).build().requires_grad_(False)
+def test_shares_of_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = TranscoderConfig(d_in=5, d_out=5, num_latents=8, k=2)
+    network = Transcoder(layer, torch.Generator().manual_seed(0)).requires_grad_(False)
     x = torch.randn(4, 5, generator=torch.Generator().manual_seed(0))
-    parts, bases = shares(layer, x.as_subclass(Narrow))
-    expected, expected_bases = shares(layer, x)
+    expected, expected_bases = shares(network, x)
+
+    def widest(device: torch.device) -> torch.dtype:
+        return torch.float32
+
+    monkeypatch.setattr(live, "widest_dtype", widest)
+    parts, bases = shares(network, x)
     assert [[part.latent for part in of] for of in parts] == [[part.latent for part in of] for of in expected]
     for found, exact in zip(parts, expected, strict=True):
         assert [part.share for part in found] == pytest.approx([part.share for part in exact], abs=1e-4)
     assert bases == pytest.approx(expected_bases, abs=1e-4)
+    assert bases != expected_bases
 
 
 def _nothing() -> Any:
