@@ -22,7 +22,9 @@ from mxd.data.tokens import held_out_contexts, special_tokens
 from mxd.evaluation.faithfulness import Candidate, EvaluationText, reconstructions
 from mxd.models import vocabulary_size
 from mxd.training.config import TrainConfig
-from mxd.training.decompose import Plan, activation_stream, make_plan
+from mxd.training.decompose import make_plan
+from mxd.training.plan import Plan
+from mxd.training.streams import activation_stream
 from mxd.training.student import Student, StudentConfig
 from mxd.training.train import train
 

@@ -5,6 +5,7 @@ import pytest
 
 from tests import tiny_model
 from tests.tiny_run import Command, TinyRun, command, tiny_run
+from tests.train_command import Trainer
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -44,3 +45,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
 def mxd(capsys: pytest.CaptureFixture[str]) -> Command:
     """The command line, called in this process."""
     return command(capsys)
+
+
+@pytest.fixture
+def trainer(llama: Path, text: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Trainer:
+    """`mxd train` on a tiny model, called in this process, where its steps can be told."""
+    return Trainer(llama, text, capsys, monkeypatch)

@@ -9,8 +9,8 @@ import pytest
 
 from mxd.cli.main import main
 from mxd.cli.numbers import parse_count
+from mxd.runs.faults import TrainingFault, TrainingInterrupted
 from mxd.runs.snapshots import SnapshotError
-from mxd.training.train import TrainingFault, TrainingInterrupted
 from tests.tiny_run import (
     TINY,
     Command,

@@ -6,7 +6,9 @@ from typing import cast
 
 import pytest
 
+from mxd.runs.run import locked
 from tests.tiny_run import (
+    TINY,
     Command,
     Settings,
     TinyRun,
@@ -107,6 +109,12 @@ def below_a_file(tiny: TinyRun, folder: Path) -> Settings:
     return {"out": folder / "taken" / "run"}
 
 
+def hidden_file(tiny: TinyRun, folder: Path) -> Settings:
+    (folder / "kept").mkdir()
+    (folder / "kept" / ".gitkeep").touch()
+    return {"out": folder / "kept", "model": folder / "no-model"}
+
+
 REFUSED_FILES: dict[str, tuple[Callable[[TinyRun, Path], Settings], tuple[str, ...]]] = {
     "model without weights": (without_weights, ("must have safetensors weights", "then give FOLDER")),
     "model with pickled weights": (pickled_weights, ("must have safetensors weights", "pickles", "are refused")),
@@ -121,7 +129,8 @@ REFUSED_FILES: dict[str, tuple[Callable[[TinyRun, Path], Settings], tuple[str, .
     "row without text": (text_of("a.jsonl", b'{"body": "a"}'), ("a.jsonl, line 1 has the fields: 'body'", "--text-f")),
     "unknown ending": (text_of("a.docx", b"a"), ("must end in .txt, .jsonl", "a.docx", "Convert")),
     "ids beyond the vocabulary": (ids_beyond_the_vocabulary, ("Token ids must lie below 259", "the text has 259")),
-    "out that is a file": (a_file, ("taken must be a new or an empty folder", "name another --out")),
+    "out that is a file": (a_file, ("taken must be a folder or not exist; got a file", "name another --out")),
+    "out with a hidden file": (hidden_file, ("kept exists, is not empty and holds no run.json", "name another --out")),
     "out below a file": (below_a_file, ("must be where a folder can be made", "name another --out")),
 }
 
@@ -206,3 +215,44 @@ def test_a_run_that_cannot_be_evaluated_is_refused_and_left_as_it_is(
     before = tree(run)
     assert_refused(mxd("evaluate", run, *flags.split()), "evaluate", *expected)
     assert tree(run) == before
+
+
+BEGUN_BY = {
+    "pretrain": {"command": "pretrain", "config": {}, "data": {}},
+    "induce": {"command": "induce", "task": "induce uncertainty", "config": {}, "model": "0" * 64},
+    "induce of an earlier version": {"task": "induce uncertainty", "config": {}, "model": "0" * 64},
+}
+
+
+@pytest.mark.parametrize("finished", [False, True])
+@pytest.mark.parametrize("case", BEGUN_BY)
+def test_a_run_of_another_command_is_not_continued(
+    mxd: Command, tiny: TinyRun, tmp_path: Path, case: str, finished: bool
+) -> None:
+    (tmp_path / "run.json").write_text(json.dumps(BEGUN_BY[case]))
+    if finished:
+        (tmp_path / "finished.json").write_text("{}")
+    before = tree(tmp_path)
+    ended = mxd(*training(tiny, tmp_path, "--resume", model=tmp_path / "no-model"))
+    assert_refused(ended, "train", "must be one of mxd train", f"this one is of '{case.split()[0]}'", "another --out")
+    assert tree(tmp_path) == before
+
+
+def test_a_run_that_names_no_command_is_one_of_train(mxd: Command, tiny: TinyRun, tmp_path: Path) -> None:
+    run = copied(tiny.run, tmp_path / "run")
+    layers = tree(run / "layers")
+    unfinished(tiny, run)
+    change_json(run / "run.json", lambda described: described.pop("command"))
+    ended = mxd(*training(tiny, run, "--resume", **TINY))
+    assert (ended.status, (run / "finished.json").is_file()) == (0, True), ended.err
+    assert tree(run / "layers") == layers
+    assert_refused(mxd("pretrain", "--out", run, "--resume"), "pretrain", "must be one of mxd pretrain")
+
+
+def test_of_two_that_begin_at_once_one_makes_the_run(mxd: Command, tiny: TinyRun, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with locked(run):
+        ended = mxd(*training(tiny, run))
+    assert ended.status == 2
+    assert ended.err.splitlines()[-1].startswith("mxd train: another process is training in")
+    assert [path.name for path in run.iterdir()] == [".lock"]

@@ -117,6 +117,23 @@ def test_an_undo_takes_back_a_whole_command_and_an_export_that_fails_leaves_the_
     assert "1/mxd-k4 has no edits." in run(*chosen, "--undo").err
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("--strength", 2), "strength must stand beside an --operation that has one; got none"),
+        (("--undo", "--unit", "p99"), "unit must stand beside an --operation whose strength has one; got none"),
+        (("--latents", 3, "--operation", "ablate", "--strength", 2), "that has one; got ablate"),
+        (("--latents", 3, "--operation", "ablate", "--unit", "value"), "whose strength has one; got ablate"),
+        (("--latents", 3, "--operation", "scale", "--strength", 2, "--unit", "p99"), "has one; got scale"),
+    ],
+)
+def test_what_would_do_nothing_is_refused(
+    words: tuple[object, ...], expected: str, tiny: TinyRun, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert_refused(command(capsys)("edit", tiny.run, "--student", "1/mxd-k4", *words), "edit", expected)
+    assert not (tiny.run / "layers/1/mxd-k4/edits.json").exists()
+
+
 def test_side_effects_are_differences_of_losses(tiny: TinyRun) -> None:
     language_model, student, text = (
         load_language_model(str(tiny.model), dtype=torch.float32),

@@ -13,7 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
+from mxd.checkpoint import edits_digest, save_edits
 from mxd.data.tokenization import Tokenizer
+from mxd.edits import Ablate, Edit
 from mxd.evaluation.delphi import export_latents
 from mxd.evaluation.firings import Firings
 from mxd.judge.examples import TESTED, WINDOW, Piece, choose_examples, marked, wrong_marks
@@ -123,6 +125,7 @@ def test_mxd_explain_lists_what_failed_and_asks_again_for_that_only(
     for name in ("MXD_JUDGE_KEY", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
     run, copy = command(capsys), copied(tiny.run, tmp_path / "run")
+    save_edits(copy / "layers/1/transcoder-k4", [Edit(latents=(1,), operation=Ablate())])
     with judge_server(oracle) as server:
         words = (
             "explain",
@@ -148,6 +151,7 @@ def test_mxd_explain_lists_what_failed_and_asks_again_for_that_only(
         assert all(row["fuzzing"] is None and "no idea" in row["failure"] for row in rows)
         assert "The same command asks for what is missing again." in ended.err
         stored = json.loads((copy / "explanations.json").read_text())
+        assert stored["edits"] == edits_digest(copy) is not None
         assert [row["latent"] for row in stored["explanations"]] == [row["latent"] for row in rows]
         asked = len(server.asked)
         shown = run(*words)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from mxd.checkpoint import save_edits
+from mxd.checkpoint import edits_digest, save_edits
 from mxd.data.tokens import content_positions
 from mxd.edits import Ablate, Edit
 from mxd.evaluation.opening import open_run, read_finished_run
@@ -17,6 +17,7 @@ from mxd.evaluation.students import load_students
 from mxd.explorer import collect as collecting
 from mxd.explorer.code_store import CodeStore
 from mxd.explorer.collect import CollectConfig, collect
+from mxd.explorer.concepts import read_concepts
 from mxd.explorer.database import (
     identify_run,
     new_database,
@@ -268,6 +269,26 @@ def test_probing_of_another_version_is_left_out(run: Path, tmp_path: Path) -> No
     for content in ('{"version": 99}', "nonsense", '{"version": 1, "token_level": {"students": {"a": 3}}}'):
         (copy / "probing.json").write_text(content, encoding="utf-8")
         assert library_of(copy).labels(STUDENTS[0])["concepts"] == {"names": [], "latents": []}
+
+
+def test_probing_of_layers_that_have_been_edited_since_is_left_out(
+    run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    copy = copied(run, tmp_path / "run")
+    named = [{"latent": latent, "concept": "docstring", "f1_validation": 0.5, "f1": 0.4} for latent in (6, 7)]
+    probing = {"version": 1, "token_level": {"students": {STUDENTS[0]: {"latents": named}}}}
+
+    def found() -> list[int]:
+        return sorted(read_concepts(copy).get(STUDENTS[0], {}))
+
+    for identity in ({}, {"identity": {"edits": None}}):
+        (copy / "probing.json").write_text(json.dumps(probing | identity), encoding="utf-8")
+        assert found() == [6, 7], identity
+    save_edits(copy / "layers" / STUDENTS[0], [Edit(latents=(1,), operation=Ablate())])
+    assert found() == []
+    assert "the layers have been edited since" in caplog.text
+    (copy / "probing.json").write_text(json.dumps(probing | {"identity": {"edits": edits_digest(copy)}}))
+    assert found() == [6, 7]
 
 
 def test_a_database_knows_its_run(run: Path) -> None:

@@ -4,13 +4,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
+from mxd.evaluation.faithfulness import EvaluationText, ModelLoss
 from mxd.evaluation.frontier_table import format_points, markdown_points
 from mxd.evaluation.grid import Metric, frontier_points
 from mxd.evaluation.intervals import seed_interval
 from mxd.evaluation.rows import EvaluationRow
 from mxd.evaluation.siblings import RunRows, beside_each_other
+from mxd.evaluation.whole_model import WholeModel, together_row
+from mxd.settings import StudentSettings
 from tests.test_report import all_layers, row
 
 
@@ -85,3 +89,35 @@ def test_options_are_named_as_they_are_for_a_kind() -> None:
         ["mxd-k16-seed0", "transcoder-k16-lr=0.00001-seed0"],
         ["mxd-k16-seed1", "transcoder-k16-seed1-lr=0.002"],
     ]
+
+
+def test_all_layers_together_tell_every_setting_that_they_agree_in() -> None:
+    tokens = torch.tensor([3, 5])
+    loss = ModelLoss(ce_sums=torch.ones(2).double(), kl_sums=torch.ones(2).double(), tokens=tokens)
+    whole = WholeModel(
+        id="gpt2",
+        losses={"": loss, "together/mxd-k16": loss, "zero together": loss},
+        agreements={"together/mxd-k16": (1.0,) * 8},
+        text=EvaluationText(contexts=torch.zeros(2, 6).long(), documents=torch.zeros(2, 6).long(), special_ids=()),
+        bytes_per_token=None,
+        resampled=None,
+    )
+    settings = {"hidden": 64, "rank": 2, "l1_coefficient": 0.5} | {"shared_penalty": 0.1, "shared_expert": True}
+    told = StudentSettings(num_latents=8, activation="silu", encoder="glu", normalize_experts=False, selection="l1")
+    told = told._replace(random_k=True, init="model", **settings)
+    assert None not in told, "every setting is one that could get lost"
+    members = [replace(row(k=16, layer=layer), **told.row_fields()) for layer in (0, 1)]
+    assert all(member.settings == told for member in members)
+    together = together_row(whole, "together/mxd-k16", members)
+    assert together.settings == told
+    for name in StudentSettings._fields:
+        field = "d_hidden" if name == "hidden" else name
+        others = [members[0], replace(members[1], **{field: None})]
+        assert together_row(whole, "together/mxd-k16", others).settings == told._replace(**{name: None}), name
+    runs: list[RunRows] = []
+    for seed, charge in enumerate((0.1, 0.2)):
+        charged = [replace(member, shared_penalty=charge, seed=seed) for member in members]
+        rows = [*charged, together_row(whole, "together/mxd-k16", charged)]
+        runs.append(RunRows(Path(f"r{seed}"), {"shared_penalty": charge, "seed": seed}, rows))
+    points = frontier_points([found for rows in beside_each_other(runs) for found in rows])
+    assert [(point.layer, len(point.rows)) for point in points if point.layer is None] == [(None, 1), (None, 1)]

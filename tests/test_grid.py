@@ -19,7 +19,7 @@ from mxd.recipes import find_recipe
 from mxd.training.config import Settings, TrainConfig, values_of
 from mxd.training.estimate import largest_grid, memory, shape_workload
 from mxd.training.grid import StudentPlan, plan_students
-from tests.train_command import Mxd, nothing
+from tests.train_command import Trainer, nothing
 
 BASE = TrainConfig(model="m", text=("t",), layer=(0,), tokens=4096, kind=("mxd",), k=(8,), num_latents=64)
 SHAPE = find_recipe("stories260k").shape
@@ -183,12 +183,7 @@ def test_students_with_l1_count_with_the_first_k_even_if_another_k_is_their_numb
     assert (found.ks, found.students, found.total) == ((8,), 2, needed)
 
 
-@pytest.fixture
-def mxd(llama: Path, text: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Mxd:
-    return Mxd(llama, text, capsys, monkeypatch)
-
-
-def test_batch_topk_and_random_k_resume_bit_for_bit(mxd: Mxd, tmp_path: Path) -> None:
+def test_batch_topk_and_random_k_resume_bit_for_bit(trainer: Trainer, tmp_path: Path) -> None:
     words = ["--kind", "transcoder", "--selection", "topk", "batch-topk", "--random-k", "False", "True"]
     words += ["--snapshot-every", "600"]
 
@@ -199,12 +194,12 @@ def test_batch_topk_and_random_k_resume_bit_for_bit(mxd: Mxd, tmp_path: Path) ->
         if step == 13:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    assert mxd(tmp_path / "whole", *words).status == 0
-    mxd.before_batch = stop
-    assert mxd(tmp_path / "parts", *words).status == 130
-    mxd.before_batch = nothing
-    assert mxd(tmp_path / "parts", *words, "--resume").status == 0
-    assert mxd.steps[0] == 13
+    assert trainer(tmp_path / "whole", *words).status == 0
+    trainer.before_batch = stop
+    assert trainer(tmp_path / "parts", *words).status == 130
+    trainer.before_batch = nothing
+    assert trainer(tmp_path / "parts", *words, "--resume").status == 0
+    assert trainer.steps[0] == 13
     expected = files(tmp_path / "whole")
     names = {name.split("/")[2] for name in expected}
     assert names == {"transcoder-k4-topk-fixed", "transcoder-k4-topk-random", "transcoder-k4-batch-topk"}

@@ -4,14 +4,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from mxd.losses import dead_latent_loss, distillation_loss
 from mxd.metrics import ErrorSums, error_sums, kl_divergence, loss_recovered, next_token_losses
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+from tests.tensors import normal
 
 
 def test_distillation_loss_is_the_mean_of_squared_errors_over_lengths() -> None:

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
-from mxd.models import digest, fingerprint, load_language_model
+from mxd.models import device_of, digest, fingerprint, load_language_model, most_positions, resolve_device
+from mxd.training.decompose import require_context
 from tests import tiny_model
 
 
@@ -40,6 +41,32 @@ def test_a_folder_loads_frozen_and_in_evaluation_mode(folder: Path) -> None:
     assert loaded.tokenizer("a")["input_ids"] == [1]
     assert (loaded.id, loaded.revision) == (str(folder), None)
     assert load_language_model(str(folder), dtype=torch.float32).model.dtype == torch.float32
+
+
+def test_a_model_is_where_it_was_put(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    loaded = load_language_model(str(folder), device="auto")
+    assert loaded.device == device_of(loaded.module) == torch.device("cpu")
+    assert loaded.module is loaded.model
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert resolve_device("auto") == "mps"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert resolve_device("auto") == "cuda"
+
+
+def test_positions_are_found_where_the_configuration_has_them() -> None:
+    sizes = {"vocab_size": 97, "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "head_dim": 4}
+    text = {**sizes, "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 24}
+    vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 28, "patch_size": 14}
+    config = hf.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    assert not hasattr(config, "max_position_embeddings")
+    model = hf.Gemma3ForConditionalGeneration(config)
+    assert most_positions(model) == 24
+    require_context(model, 24)
+    with pytest.raises(ValueError, match="context must be at most 24, the model's number of positions; got 25"):
+        require_context(model, 25)
 
 
 def test_importing_models_does_not_import_transformers() -> None:

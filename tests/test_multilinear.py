@@ -31,6 +31,7 @@ from mxd.multilinear import (
     entmax15,
 )
 from mxd.multilinear.gate import require_one_of
+from tests.tensors import assert_near
 
 CP = CPMixtureConfig(d_in=4, d_out=6, num_experts=(5,), rank=3)
 TR = TRMixtureConfig(d_in=4, d_out=6, num_experts=(5,), ranks=(2, 3, 4, 2))
@@ -101,10 +102,6 @@ def naive(experts: FactorisedExperts, x: Tensor, coefficients: tuple[Tensor, ...
         weight = torch.stack([a[..., n] for a, n in zip(coefficients, indices, strict=True)]).prod(0)
         total = total + weight[..., None] * (given @ tensor[indices])
     return total
-
-
-def assert_near(actual: Tensor, expected: Tensor, tolerance: float = 1e-12) -> None:
-    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -17,13 +16,10 @@ from mxd.multilinear import (
     TRMixture,
     TRMixtureConfig,
 )
+from tests.tensors import assert_near
 
 FOLDER = Path(__file__).parent / "reference" / "mumoe"
 CASES = {case["name"]: case for case in json.loads((FOLDER / "cases.json").read_text())}
-
-
-def assert_near(actual: Tensor, expected: Tensor, tolerance: float = 1e-12) -> None:
-    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
 def theirs(name: str) -> tuple[nn.Module, dict[str, Tensor]]:

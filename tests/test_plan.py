@@ -16,6 +16,7 @@ from mxd.cli import demo as demo_command
 from mxd.data.activation_cache import ActivationCache, CacheIdentity
 from mxd.data.activations import ActivationStream
 from mxd.models import MlpPair, load_language_model
+from mxd.runs.faults import TrainingFault, TrainingInterrupted
 from mxd.runs.run import create_run, is_finished, locked
 from mxd.training import decompose as decomposing
 from mxd.training import streams
@@ -23,9 +24,8 @@ from mxd.training.config import TrainConfig
 from mxd.training.decompose import decompose, make_plan
 from mxd.training.plan import Plan
 from mxd.training.resources import usable_cores
-from mxd.training.train import TrainingFault, TrainingInterrupted
 from tests.tiny_run import TinyRun, assert_refused, command, training
-from tests.train_command import Mxd
+from tests.train_command import Trainer
 
 
 @pytest.fixture
@@ -76,9 +76,9 @@ def test_text_without_held_out_documents_is_said_to_be_so(
 ) -> None:
     rows = tmp_path / "one.jsonl"
     rows.write_text(json.dumps({"text": "once upon a time " * 200}))
-    ended = Mxd(llama, rows, capsys, monkeypatch)(tmp_path / "run", "--dry-run")
+    ended = Trainer(llama, rows, capsys, monkeypatch)(tmp_path / "run", "--dry-run")
     assert ended.status == 0
-    assert "has so few documents that none is held out" in " ".join(ended.said.split())
+    assert "has so few documents that none is held out" in " ".join(ended.err.split())
 
 
 def test_the_demo_replaces_a_demo_and_no_other_run(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from mxd.pretraining.run import MAY_DIFFER, make_plan
 from mxd.pretraining.surgery import MlpChoice, parameter_groups
 from mxd.pretraining.tasks import Batch, ImageData, ImageTask, LanguageTask
 from mxd.runs.metrics_log import read_metrics
+from mxd.runs.run import locked
 from tests.tiny_run import Command, Ended, assert_refused, command, tree
 
 STEPS = 12
@@ -356,3 +357,17 @@ def test_other_images_of_the_same_number_are_another_run() -> None:
     other = LabelledImages(images + 1, torch.tensor([0, 1]))
     assert ImageData(part, part).identity != ImageData(other, part).identity
     assert not {"resources.device", "resources.kernels", "resources"} & set(MAY_DIFFER)
+
+
+def test_a_place_where_no_run_can_be_made_is_refused_before_anything_is_read(tmp_path: Path, run: Command) -> None:
+    (tmp_path / ".gitkeep").touch()
+    words = language_words(tmp_path / "no-text", tmp_path / "no-tokenizer", tmp_path)
+    assert_refused(run(*words), "pretrain", "is not empty and holds no run.json", "name another --out")
+    assert_refused(run(*words, "--resume"), "pretrain", "is not empty and holds no run.json", "name another --out")
+
+
+def test_of_two_that_begin_at_once_one_makes_the_run(text: Path, gpt2: Path, tmp_path: Path, run: Command) -> None:
+    with locked(tmp_path / "run"):
+        ended = run(*language_words(text, gpt2, tmp_path / "run"))
+    assert (ended.status, ended.err.splitlines()[-1].partition(": ")[2][:22]) == (2, "another process is tra")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]

@@ -21,7 +21,7 @@ from mxd.privacy.fitting import warmup_and_cosine
 from mxd.privacy.gradients import dot, mean_gradient, project_onto_ball_, symmetric_surgery
 from mxd.privacy.measures import measure_set
 from mxd.privacy.tuning import Order, Sets, Tuning, lr_factor
-from mxd.training.train import TrainingFault, TrainingInterrupted
+from mxd.runs.faults import TrainingFault, TrainingInterrupted
 from tests.privacy_examples import CLASSES, blobs, network, trained
 
 CONFIG = InduceConfig(

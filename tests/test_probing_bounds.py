@@ -1,7 +1,6 @@
 """What probing refuses, leaves out and says so, shows safely, and never holds in memory."""
 
 import io
-import json
 import tracemalloc
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -37,6 +36,7 @@ from mxd.probing.tables import concept_table, mean_table, remarks
 from mxd.probing.token_codes import collect_tokens
 from mxd.probing.token_probes import probe_tokens
 from mxd.runs.run import read_configuration
+from tests.jsonl import write_rows
 from tests.tiny_model import WORDS
 from tests.tiny_run import Command, TinyRun, assert_refused
 
@@ -48,11 +48,6 @@ def probed(tiny: TinyRun) -> Probed:
     students = load_students(tiny.run, cast("Any", read_configuration(tiny.run)["students"]), ["0/mxd-k4"])
     loaded = load_language_model(str(tiny.model), dtype=torch.float32)
     return Probed(cast("nn.Module", loaded.model), loaded.tokenizer, [one.candidate for one in students], 32)
-
-
-def write_rows(path: Path, rows: Sequence[object]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
 
 
 def sentences(count: int, seed: int = 0, length: int = 12) -> list[str]:

@@ -11,14 +11,9 @@ from mxd.probing.examples import Example, Skipped, Span, SpanSet, TextSet, make_
 from mxd.probing.files import read_labelled_file
 from mxd.probing.hub_sets import HUB_SETS, load_hub_set, load_surnames
 from mxd.probing.sources import DataName, default_data, open_data, parse_data
+from tests.jsonl import write_rows
 
 LEAST = 25
-
-
-def write_rows(path: Path, rows: Sequence[object]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
 
 
 def labelled(count: int, *labels: str) -> list[dict[str, str]]:

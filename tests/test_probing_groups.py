@@ -1,6 +1,4 @@
-import json
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,14 +20,10 @@ from mxd.probing.hub_sets import load_surnames
 from mxd.probing.statistics import Verdict, judge, small_sample_tail
 from mxd.probing.text_probes import probe_texts, split
 from mxd.probing.token_codes import _Labelled, _labels, _part_of_each
+from tests.jsonl import write_rows
 
 NOBODY = Probed(nn.Identity(), cast("Any", None), [], 8)
 """A model that is not asked."""
-
-
-def write_rows(path: Path, rows: Sequence[object]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
 
 
 def families(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

@@ -256,6 +256,7 @@ def test_the_command_writes_results_pictures_and_tables(
     assert list(written) == ["version", "identity", "facts", "sample_level", "token_level"]
     names = {f"{layer}/{kind}-k4" for layer in (0, 1) for kind in ("mxd", "transcoder", "skip-transcoder", "topk-sae")}
     assert set(written["identity"]["weights_sha256"]) == set(written["token_level"]["students"]) == names
+    assert written["identity"]["edits"] is None
     [texts] = written["sample_level"]
     assert texts["data"] == "words"
     assert [skip["label"] for skip in texts["skipped"]] == ["few"]

@@ -19,10 +19,7 @@ from mxd.layers import (
     Transcoder,
     TranscoderConfig,
 )
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+from tests.tensors import normal
 
 
 @pytest.mark.parametrize("shape", [(9, 9), (12, 5), (5, 12), (1, 6)])
@@ -102,6 +99,8 @@ def test_latents_that_add_one_vector_are_of_rank_one() -> None:
 
 def test_a_kind_whose_latents_depend_on_the_input_otherwise_has_none() -> None:
     class Bilinear(Transcoder):
+        fixed_atoms = False
+
         def atoms(self, x: Tensor, indices: Tensor) -> Tensor:
             return super().atoms(x, indices) * x.sum(-1)[..., None, None]
 

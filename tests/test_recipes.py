@@ -203,7 +203,7 @@ def test_the_shape_of_a_recipe_is_that_of_its_model(name: str) -> None:
     assert sum(weight.numel() for weight in weights.values()) == shape.parameters
     last = [weight for key, weight in weights.items() if f".{shape.num_layers - 1}." in key and "vision" not in key]
     assert sum(weight.numel() for weight in last) == shape.block_parameters
-    assert model.get_input_embeddings().weight.shape == (shape.vocabulary, shape.d_model)
+    assert model.get_input_embeddings().weight.shape[1] == shape.d_model
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -21,6 +21,7 @@ from mxd.layers import (
 )
 from mxd.layers.initialization import normalize_rows_
 from mxd.losses import distillation_loss
+from tests.tensors import assert_near
 
 FOLDER = Path(__file__).parent / "reference"
 CASES = {case["kind"]: case for case in json.loads((FOLDER / "cases.json").read_text())}
@@ -82,10 +83,6 @@ def ours(name: str, tensors: dict[str, Tensor], part: str) -> dict[str, Tensor]:
     }
     transposed = {"W_glu.weight", "gate", "W_cond", "W_skip.weight"}
     return {names[key]: value.t() if key in transposed else value for key, value in theirs.items()}
-
-
-def assert_near(actual: Tensor, expected: Tensor, tolerance: float) -> None:
-    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
 def test_every_case_has_its_file() -> None:

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from mxd.kernels import backends
+from mxd.runs.faults import TrainingFault
 from mxd.training import resources
 from mxd.training.config import TrainConfig
-from mxd.training.decompose import activation_stream, decompose, make_plan
+from mxd.training.decompose import decompose, make_plan
+from mxd.training.streams import activation_stream
 from mxd.training.student import Student
-from mxd.training.train import TrainingFault
 
 
 @pytest.fixture

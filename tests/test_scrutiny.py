@@ -9,10 +9,10 @@ from torch import Tensor
 
 from mxd.evaluation.evaluate import Evaluation, evaluate_run, write_evaluation
 from mxd.evaluation.expert_use import ALWAYS_ON_RATE
-from mxd.evaluation.jacobians import exact_jacobian_cosines
 from mxd.evaluation.rows import EvaluationRow
 from mxd.layers import MixtureOfDecoders, SparseLayer
 from tests.test_evaluation import STUDENTS, Naive, is_content, naive, named, pairs, standing_in, student
+from tests.test_jacobians import exact_cosines
 from tests.tiny_run import CONTEXT, TinyRun, copied
 
 NEW = (
@@ -84,7 +84,7 @@ def test_the_jacobian_is_that_of_what_stands_in_for_the_mlp(tiny: TinyRun, evalu
     mlp = model.mlp(int(name[0]))
     x, _ = content_pairs(model, int(name[0]))
     replaced = standing_in(layer)
-    exact = exact_jacobian_cosines(lambda x: replaced(x, mlp(x)), mlp, x)
+    exact = exact_cosines(lambda x: replaced(x, mlp(x)), mlp, x)
     assert named(evaluation)[name].jacobian_cosine == pytest.approx(float(exact.mean()), abs=0.02)
 
 

@@ -25,13 +25,10 @@ from mxd.layers import (
 )
 from mxd.losses import distillation_loss, shared_energy
 from mxd.training.student import Student, StudentConfig
-from tests.train_command import STEPS, Mxd, nothing
+from tests.tensors import normal
+from tests.train_command import STEPS, Trainer, nothing
 
 CONFIG = SharedTranscoderConfig(d_in=5, d_hidden=7, d_out=4, num_latents=13, k=3, activation="silu", encoder="glu")
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def built(config: SharedTranscoderConfig = CONFIG, seed: int = 0) -> SharedTranscoder:
@@ -161,11 +158,6 @@ def test_a_charge_moves_variance_from_the_shared_expert_to_the_latents() -> None
     assert share(1.0) < 0.6 * share(0.0)
 
 
-@pytest.fixture
-def mxd(llama: Path, text: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Mxd:
-    return Mxd(llama, text, capsys, monkeypatch)
-
-
 GRID = ["--kind", "shared-transcoder", "mxd", "--init", "auto", "paper", "model", "--shared-penalty", "0.1", "1"]
 
 
@@ -173,9 +165,9 @@ def students_of(run: Path) -> list[dict[str, Any]]:
     return json.loads((run / "run.json").read_text())["students"]
 
 
-def test_beginnings_and_charges_are_axes_of_the_grid(mxd: Mxd, tmp_path: Path) -> None:
+def test_beginnings_and_charges_are_axes_of_the_grid(trainer: Trainer, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    assert mxd(run, "--layer", "0", "--tokens", "64", *GRID).status == 0
+    assert trainer(run, "--layer", "0", "--tokens", "64", *GRID).status == 0
     found = {student["id"]: (student["init"], student["shared_penalty"]) for student in students_of(run)}
     assert found == {
         "shared-transcoder-k4-model-p0.1": ("model", 0.1),
@@ -189,20 +181,20 @@ def test_beginnings_and_charges_are_axes_of_the_grid(mxd: Mxd, tmp_path: Path) -
     assert begun == "model"
 
 
-def test_interrupted_and_resumed_it_ends_bit_for_bit_the_same(mxd: Mxd, tmp_path: Path) -> None:
+def test_interrupted_and_resumed_it_ends_bit_for_bit_the_same(trainer: Trainer, tmp_path: Path) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     only = ["--kind", "shared-transcoder", "--snapshot-every", "600"]
-    assert mxd(whole, *only).status == 0
+    assert trainer(whole, *only).status == 0
 
     def interrupt(step: int, batch: ActivationBatch) -> None:
         if step == STEPS // 2:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    mxd.before_batch = interrupt
-    assert mxd(parts, *only).status == 130
-    mxd.before_batch = nothing
-    assert mxd(parts, *only, "--resume").status == 0
-    assert mxd.steps[0] >= STEPS // 2
+    trainer.before_batch = interrupt
+    assert trainer(parts, *only).status == 130
+    trainer.before_batch = nothing
+    assert trainer(parts, *only, "--resume").status == 0
+    assert trainer.steps[0] >= STEPS // 2
     weights = [path.relative_to(whole) for path in (whole / "layers").rglob("*.safetensors")]
     assert len(weights) == 2
     assert all((whole / path).read_bytes() == (parts / path).read_bytes() for path in weights)
@@ -221,9 +213,9 @@ def test_interrupted_and_resumed_it_ends_bit_for_bit_the_same(mxd: Mxd, tmp_path
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_written(
-    arguments: list[str], sentence: str, mxd: Mxd, tmp_path: Path
+    arguments: list[str], sentence: str, trainer: Trainer, tmp_path: Path
 ) -> None:
-    ended = mxd(tmp_path / "run", "--kind", "shared-transcoder", *arguments)
+    ended = trainer(tmp_path / "run", "--kind", "shared-transcoder", *arguments)
     assert ended.status == 2
-    assert sentence in mxd.last_line(ended)
+    assert sentence in trainer.last_line(ended)
     assert not (tmp_path / "run").exists()

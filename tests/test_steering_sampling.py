@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
+from mxd.data.tokenization import begun_context
 from mxd.explorer.live import LiveModel, SteeringRequest
 from mxd.models import load_language_model
 from mxd.steering.sampling import FrequencyPenalty, Sampling, prompt_tokens, sample_texts
@@ -124,3 +125,7 @@ def test_a_prompt_begins_as_a_context_does(tiny: TinyRun) -> None:
     tokenizer = load_language_model(str(tiny.model)).tokenizer
     assert prompt_tokens(tokenizer, "ab", torch.device("cpu"))[0, 0] == 256
     assert prompt_tokens(tokenizer, "", torch.device("cpu")).tolist() == [[256]]
+    named = prompt_tokens(tokenizer, "a<eos>b", torch.device("cpu"))[0].tolist()
+    assert named == begun_context(tokenizer, "a<eos>b")
+    assert len(named) == 8, "what is written in a text is text"
+    assert 257 not in named

@@ -21,12 +21,13 @@ from mxd.data.prefetch import Prefetch
 from mxd.data.tokens import LocalTokens, TokenPosition
 from mxd.layers import SparseLayerOutput, Transcoder, TranscoderConfig
 from mxd.models import MlpPair
+from mxd.runs.faults import TrainingFault, TrainingInterrupted
 from mxd.runs.metrics_log import read_metrics
 from mxd.runs.snapshots import SnapshotError
 from mxd.training import train as training
 from mxd.training.optimizer import Schedule
 from mxd.training.student import Student, StudentConfig, distillation
-from mxd.training.train import ActivationSource, TrainingFault, TrainingInterrupted, train
+from mxd.training.train import ActivationSource, train
 
 STEPS, BATCH, WIDTH, CONTEXT = 24, 32, 8, 4
 Loss = Callable[[SparseLayerOutput, Tensor], Tensor]

@@ -1,25 +1,19 @@
-"""`mxd train` on the tiny model, run in the test's own process."""
+"""Training on the tiny model in the test's own process, as `mxd train` and from Python."""
 
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
-from mxd.cli import main
 from mxd.data.activations import ActivationBatch, ActivationStream
+from mxd.training.config import TrainConfig
+from mxd.training.decompose import decompose, make_plan
+from tests.tiny_run import KINDS, Ended, command
 
 STEPS = 30
 BLOCK = 8
 """Steps of a block of the shuffle buffer."""
-
-
-class Ended(NamedTuple):
-    """How a command ended."""
-
-    status: int
-    said: str
 
 
 def arguments_of(model: Path, text: Path) -> list[str]:
@@ -30,16 +24,50 @@ def arguments_of(model: Path, text: Path) -> list[str]:
     ]
 
 
+def kept(run: Path) -> list[int]:
+    """Return the steps of a run's snapshots."""
+    return sorted(int(path.name) for path in (run / "snapshots").glob("[0-9]*"))
+
+
 def nothing(step: int, batch: ActivationBatch) -> ActivationBatch | None:
     """Leave a batch as it is."""
 
 
-class Mxd:
+def small_grid(llama: Path, text: Path) -> TrainConfig:
+    """Return what to ask for to get every kind on two layers in a moment."""
+    return TrainConfig(
+        model=str(llama),
+        text=(str(text),),
+        layer=(0, 1),
+        tokens=50 * 64,
+        kind=KINDS,
+        k=(4,),
+        num_latents=24,
+        batch_tokens=64,
+        context=32,
+        buffer_tokens=512,
+        warmup_tokens=0,
+        lr=1e-2,
+        dead_tokens=256,
+        threads=1,
+    )
+
+
+def run_of(config: TrainConfig, out: Path) -> Path:
+    decompose(make_plan(config), out)
+    return out
+
+
+def weights(run: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(run)): path.read_bytes() for path in run.glob("layers/*/*/model.safetensors")}
+
+
+class Trainer:
     """Runs `mxd train` on the tiny model in this process, and counts the steps that it takes."""
 
     def __init__(self, model: Path, text: Path, capsys: pytest.CaptureFixture[str], patch: pytest.MonkeyPatch):
         self.arguments = arguments_of(model, text)
-        self._capsys = capsys
+        self._run = command(capsys)
         self._patch = patch
         self.before_batch: Callable[[int, ActivationBatch], ActivationBatch | None] = nothing
         self.steps: list[int] = []
@@ -60,14 +88,10 @@ class Mxd:
         arguments = [*self.arguments, "--out", str(out), *more]
         self._patch.setattr(sys, "argv", ["mxd", *arguments])
         self.steps.clear()
-        self._capsys.readouterr()
-        with pytest.raises(SystemExit) as end:
-            main()
-        assert isinstance(end.value.code, int)
-        return Ended(end.value.code, self._capsys.readouterr().err)
+        return self._run(*arguments)
 
     def last_line(self, ended: Ended) -> str:
-        lines = [line for line in ended.said.splitlines() if line.startswith("mxd train: ")]
+        lines = [line for line in ended.err.splitlines() if line.startswith("mxd train: ")]
         assert len(lines) == 1
-        assert ended.said.endswith(f"{lines[0]}\n")
+        assert ended.err.endswith(f"{lines[0]}\n")
         return lines[0]

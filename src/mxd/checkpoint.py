@@ -29,6 +29,8 @@ WEIGHTS_FILE = "model.safetensors"
 EDITS_FILE = "edits.json"
 LAYER_FILES = (CONFIG_FILE, WEIGHTS_FILE, EDITS_FILE)
 """Everything that makes up a layer; the last is there if it is edited."""
+LAYERS_FOLDER = "layers"
+"""The folder of a run that holds its layers, as `<layer>/<id>`."""
 LATER_FIELDS: Mapping[str, object] = {"selection": "topk", "shared_expert": False}
 """What layers do whose config.json was written before these keys of `layer` existed."""
 
@@ -145,6 +147,16 @@ def saved_edits(folder: str | Path) -> list[tuple[Edit, ...]]:
     return _read_edits(folder / EDITS_FILE, sha256)
 
 
+def layer_folder(run: Path, name: str) -> Path:
+    """Return the folder of a student of a run, whether it is there or not; its name is `<layer>/<id>`."""
+    return run / LAYERS_FOLDER / name
+
+
+def layer_folders(run: Path, file: str = CONFIG_FILE) -> list[Path]:
+    """Return the folders of a run's layers that hold this file, in the order of their names."""
+    return sorted(found.parent for found in run.glob(f"{LAYERS_FOLDER}/*/*/{file}"))
+
+
 def edits_digest(run: Path) -> str | None:
     """Return a digest of the edits in force in a run's layers; None where no layer is edited.
 
@@ -158,8 +170,8 @@ def edits_digest(run: Path) -> str | None:
         ValueError: If an edits.json, or the config.json beside it, is damaged, or they are not meant for each other.
     """
     found = {
-        file.parent.relative_to(run).as_posix(): [edit.to_json() for edit in chain(*saved_edits(file.parent))]
-        for file in sorted(run.glob(f"layers/*/*/{EDITS_FILE}"))
+        folder.relative_to(run).as_posix(): [edit.to_json() for edit in chain(*saved_edits(folder))]
+        for folder in layer_folders(run, EDITS_FILE)
     }
     edited = {place: edits for place, edits in found.items() if edits}
     return hashlib.sha256(json.dumps(edited, sort_keys=True).encode()).hexdigest() if edited else None
@@ -280,7 +292,7 @@ def _layer_folder(path: Path) -> Path:
         )
     if (path / CONFIG_FILE).is_file():
         return path
-    layers = sorted(found.parent.relative_to(path).as_posix() for found in path.glob(f"layers/*/*/{CONFIG_FILE}"))
+    layers = [folder.relative_to(path).as_posix() for folder in layer_folders(path)]
     if len(layers) == 1:
         return path / layers[0]
     if layers:

@@ -5,7 +5,17 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from mxd.atomic import write_text_atomically
-from mxd.checkpoint import CONFIG_FILE, EDITS_FILE, LAYER_FILES, Checkpoint, edits_digest, load_checkpoint, load_layer
+from mxd.checkpoint import (
+    CONFIG_FILE,
+    EDITS_FILE,
+    LAYER_FILES,
+    LAYERS_FOLDER,
+    Checkpoint,
+    edits_digest,
+    layer_folders,
+    load_checkpoint,
+    load_layer,
+)
 from mxd.layers import SparseLayer
 
 CARD_FILE = "README.md"
@@ -43,14 +53,16 @@ def push_to_hub(folder: str | Path, repository: str, *, private: bool = False, t
     """
     from huggingface_hub import HfApi
 
+    from mxd.evaluation.record import EVALUATION_FILE
+
     folder = Path(folder)
     write_text_atomically(folder / CARD_FILE, model_card(folder))
     api = HfApi(token=token)
     api.create_repo(repository, private=private, exist_ok=True)
-    names = (CARD_FILE, *LAYER_FILES, "evaluation.json", "frontier.png")
-    wanted = [*names, *(f"layers/*/*/{name}" for name in LAYER_FILES)]
+    names = (CARD_FILE, *LAYER_FILES, EVALUATION_FILE, "frontier.png")
+    wanted = [*names, *(f"{LAYERS_FOLDER}/*/*/{name}" for name in LAYER_FILES)]
     # Edits that were undone here are undone there.
-    outdated = [EDITS_FILE, f"layers/*/*/{EDITS_FILE}"]
+    outdated = [EDITS_FILE, f"{LAYERS_FOLDER}/*/*/{EDITS_FILE}"]
     return str(
         api.upload_folder(repo_id=repository, folder_path=folder, allow_patterns=wanted, delete_patterns=outdated)
     )
@@ -66,11 +78,7 @@ def model_card(folder: str | Path) -> str:
     from huggingface_hub import ModelCardData
 
     folder = Path(folder)
-    paths = (
-        [folder]
-        if (folder / CONFIG_FILE).is_file()
-        else sorted(p.parent for p in folder.glob("layers/*/*/config.json"))
-    )
+    paths = [folder] if (folder / CONFIG_FILE).is_file() else layer_folders(folder)
     if not paths:
         raise FileNotFoundError(f"{folder} must hold a layer or a finished run; it has neither. Check the path.")
     layers = {path.relative_to(folder).as_posix(): load_checkpoint(path) for path in paths}

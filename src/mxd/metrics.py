@@ -51,9 +51,20 @@ class ErrorSums(NamedTuple):
         return 0.0 if difference <= 2 * self.tokens * sys.float_info.epsilon * self.square else difference
 
 
+def widest_dtype(device: torch.device) -> torch.dtype:
+    """Return the widest type of numbers that a device has: float64, but float32 on Apple's GPUs."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def in_float64(tensor: Tensor) -> Tensor:
+    """Return the numbers in float64: on their device, or on the CPU where the device has none."""
+    has_float64 = widest_dtype(tensor.device) == torch.float64
+    return tensor.double() if has_float64 else tensor.cpu().double()
+
+
 def error_sums(prediction: Float[Tensor, "tokens d_out"], target: Float[Tensor, "tokens d_out"]) -> ErrorSums:
     """Return one batch's sums, accumulated in float64 where the device has it."""
-    widest = torch.float32 if target.device.type == "mps" else torch.float64
+    widest = widest_dtype(target.device)
     target = target.detach().to(widest)
     return ErrorSums(
         len(target),

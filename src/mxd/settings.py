@@ -34,6 +34,15 @@ class StudentSettings(NamedTuple):
     shared_penalty: float | None = None
     """What training charges for the variance that its shared expert carries."""
 
+    def row_fields(self) -> dict[str, Any]:
+        """Return them by the names that a row of `mxd evaluate --json` has for them."""
+        return {_ROW_NAMES.get(name, name): value for name, value in self._asdict().items()}
+
+    @classmethod
+    def of_row(cls, row: object) -> "StudentSettings":
+        """Return the settings that a row of `mxd evaluate --json` tells."""
+        return cls(**{name: getattr(row, _ROW_NAMES.get(name, name)) for name in cls._fields})
+
     def words(self) -> dict[str, str]:
         """Return how an id names each of them that is read, in the order of ids.
 
@@ -56,6 +65,10 @@ class StudentSettings(NamedTuple):
             "shared_penalty": None if self.shared_penalty is None else f"p{_plain(self.shared_penalty)}",
         }
         return {name: str(word) for name, word in words.items() if word is not None}
+
+
+_ROW_NAMES = {"hidden": "d_hidden"}
+"""What a row calls otherwise than an option."""
 
 
 def _plain(number: float) -> str:

@@ -1,10 +1,10 @@
-"""A bar on stderr for work that is counted in pieces."""
+"""Bars on stderr for work that is counted in pieces."""
 
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 
 @contextmanager
@@ -36,3 +36,38 @@ def counted(description: str, unit: str) -> Generator[Callable[[int, int, str], 
         # What is refused before anything was done needs no bar above its sentence.
         if shown.live.is_started:
             shown.stop()
+
+
+class PartsBar:
+    """Shows how far work of several parts is, on stderr: a bar in a terminal, a line for each part elsewhere."""
+
+    def __init__(self, console: Console) -> None:
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+        )
+        self._console = console
+        self._progress = Progress(*columns, console=console, transient=True, redirect_stdout=False)
+        self._task: TaskID | None = None
+        self._doing = ""
+
+    def __enter__(self) -> "PartsBar":
+        if self._console.is_terminal:
+            self._progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._console.is_terminal:
+            self._progress.stop()
+
+    def __call__(self, doing: str, done: int, total: int) -> None:
+        """Take how far the work is."""
+        if self._task is None or doing != self._doing:
+            if self._task is not None:
+                self._progress.remove_task(self._task)
+            self._task, self._doing = self._progress.add_task(doing, total=total), doing
+            if not self._console.is_terminal:
+                self._console.print(f"{doing} …")
+        self._progress.update(self._task, completed=done)

@@ -8,13 +8,14 @@ from pathlib import Path
 from rich.console import Console
 
 from mxd.atomic import json_text
+from mxd.cli.output import notes
 from mxd.evaluation.evaluate import evaluate_run, write_evaluation
 from mxd.evaluation.tables import format_table
 from mxd.locks import alone
 from mxd.recipes import find_recipe
+from mxd.runs.faults import TrainingInterrupted
 from mxd.runs.run import is_run, locked, read_configuration
 from mxd.training.decompose import decompose, make_plan
-from mxd.training.train import TrainingInterrupted
 
 DEMO = find_recipe("demo").config()
 """The bundled model's middle layer, three kinds at matched parameters, at two Ks."""
@@ -34,8 +35,7 @@ def demo(out: Path = Path("demo-run")) -> None:
 
 
 def _demo(out: Path) -> None:
-    # Square brackets in the name of a folder are no markup.
-    console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
+    console = notes()
     if is_run(out):
         _require_demo(out)
     plan = make_plan(DEMO)

@@ -1,6 +1,5 @@
 """`mxd edit`: edits of latents that stay with a layer."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import chain
@@ -13,7 +12,8 @@ from rich.table import Table
 
 from mxd.atomic import JSON
 from mxd.checkpoint import load_checkpoint, save_edits, save_layer, saved_edits
-from mxd.cli.steer import parse_latents
+from mxd.cli.numbers import parse_latents
+from mxd.cli.output import notes, print_json
 from mxd.edits import Edit, fold_edits, with_edits
 from mxd.layers import SparseLayer
 from mxd.steering.edit_run import LayerToEdit, find_layer, measure_edits, units_of
@@ -27,7 +27,7 @@ def edit(
     latents: tuple[str, ...] = (),
     operation: OperationName | None = None,
     strength: float | None = None,
-    unit: Unit = "value",
+    unit: Unit | None = None,
     undo: bool = False,
     undo_all: bool = False,
     concept: tuple[str, ...] = (),
@@ -48,24 +48,23 @@ def edit(
         latents: Numbers of latents, and spans such as 0-99.
         operation: What to do to their values, after what is done to them already.
         strength: What is set or added, the factor of scale, or the bound that clamp keeps values below.
-        unit: What the strength of set, add and clamp is given in (see mxd steer).
+        unit: What the strength of set, add and clamp is given in (see mxd steer); value by default.
         undo: Take back what the last command did.
         undo_all: Take back all edits.
         concept: Text that has the concept that is edited, to measure the loss on; .txt, .jsonl and so on.
         text: Other held-out text than the run's own.
         tokens: Tokens of it, at most.
-        device: Where to run; where the run was trained by default.
+        device: Where to run; where the run was trained by default; `auto` takes the first accelerator.
         export: Folder for a layer without edits whose weights do what the edits do, where the algebra allows.
         json_: Print edits and effects as one JSON object.
     """
-    _require_one_request(operation, strength, latents, undo=undo, undo_all=undo_all)
-    # Square brackets in the name of a folder are no markup.
-    console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
+    _require_one_request(operation, strength, unit, latents, undo=undo, undo_all=undo_all)
+    console = notes()
     place = find_layer(run, student)
     groups = saved_edits(place.folder)
     kept = groups[:-1] if undo else [] if undo_all else groups
     if operation is not None:
-        done = Intervention(operation=operation, strength=1.0 if strength is None else strength, unit=unit)
+        done = Intervention(operation=operation, strength=1.0 if strength is None else strength, unit=unit or "value")
         kept = [*groups, _new_edits(place, done, parse_latents(latents), text, tokens, device)]
     before, after = list(chain(*groups)), list(chain(*kept))
     effects: list[Effect] = []
@@ -84,7 +83,13 @@ def edit(
 
 
 def _require_one_request(
-    operation: OperationName | None, strength: float | None, latents: Sequence[str], *, undo: bool, undo_all: bool
+    operation: OperationName | None,
+    strength: float | None,
+    unit: Unit | None,
+    latents: Sequence[str],
+    *,
+    undo: bool,
+    undo_all: bool,
 ) -> None:
     if (operation is not None) + undo + undo_all > 1:
         raise ValueError("operation, undo and undo-all exclude each other; give one of them.")
@@ -92,6 +97,16 @@ def _require_one_request(
         raise ValueError("An edit needs both --latents and --operation; got one of them.")
     if operation not in (None, "ablate") and strength is None:
         raise ValueError(f"{operation} needs --strength; got none.")
+    if operation in (None, "ablate") and strength is not None:
+        raise ValueError(f"strength must stand beside an --operation that has one; {_beside(operation)}; leave it out.")
+    if operation in (None, "ablate", "scale") and unit is not None:
+        raise ValueError(
+            f"unit must stand beside an --operation whose strength has one; {_beside(operation)}; leave it out."
+        )
+
+
+def _beside(operation: OperationName | None) -> str:
+    return "got none" if operation is None else f"got {operation}"
 
 
 class _Report(NamedTuple):
@@ -106,7 +121,7 @@ class _Report(NamedTuple):
 
 def _show(report: _Report, console: Console, *, as_json: bool) -> None:
     if as_json:
-        print(json.dumps(report.to_json(), indent=2))
+        print_json(report.to_json())
         return
     for one in report.edits:
         console.print(_told(one))

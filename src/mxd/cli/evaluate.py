@@ -1,6 +1,5 @@
 """`mxd evaluate`: how faithful a run's layers are."""
 
-import json
 import shlex
 import sys
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
+from mxd.cli.output import notes, print_json
 from mxd.evaluation.evaluate import evaluate_run, write_evaluation
 from mxd.evaluation.expert_use import collapse_warnings
 from mxd.evaluation.tables import format_table
@@ -38,7 +38,7 @@ def evaluate(
         k: Also measure each student at these numbers of active latents, which it need not have been trained with.
         together: Also measure the model with all layers replaced at once, by each student that all of them have
             (together/mxd-k32), or where there is one student a layer by these.
-        device: Where to run; where the run was trained by default.
+        device: Where to run; where the run was trained by default; `auto` takes the first accelerator.
         json_: Print the rows as one JSON array.
     """
     evaluation = evaluate_run(run, text=text, tokens=tokens, students=student, ks=k, together=together, device=device)
@@ -49,11 +49,10 @@ def evaluate(
         title = f"Sparse layers of {evaluation.facts['model']}"
         written = write_evaluation(run, evaluation, title=title, footer=command)
     if json_:
-        print(json.dumps([row.to_json() for row in evaluation.rows], indent=2))
+        print_json([row.to_json() for row in evaluation.rows])
         return
     Console().print(format_table(evaluation.rows))
-    # Square brackets in the name of a folder are no markup.
-    console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
+    console = notes()
     for warning in collapse_warnings(evaluation.rows):
         console.print(warning)
     if written:

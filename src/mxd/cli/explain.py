@@ -1,6 +1,5 @@
 """`mxd explain`: what latents respond to, in words, and how well the words tell."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +9,8 @@ from rich.table import Table
 from rich.text import Text
 
 from mxd.cli.bar import counted
-from mxd.cli.steer import parse_latents
+from mxd.cli.numbers import parse_latents
+from mxd.cli.output import notes, print_json
 from mxd.judge.endpoint import Judge, JudgeConfig
 from mxd.judge.explain import (
     Latents,
@@ -48,12 +48,11 @@ def explain(
         student: Ids such as mxd-k32 or 8/mxd-k32; all by default.
         text: Other text than the run's own; its held-out documents are used.
         tokens: Tokens of it, at most.
-        device: Where to run; where the run was trained by default.
+        device: Where to run; where the run was trained by default; `auto` takes the first accelerator.
         delphi: Folder for delphi's caches, one a student.
         json_: Print the explanations as one JSON array.
     """
-    # Square brackets in the name of a folder are no markup.
-    console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
+    console = notes()
     if not judges.endpoints and delphi is None:
         raise ValueError("mxd explain needs --judge URL MODEL to explain, or --delphi FOLDER to export; got neither.")
     if delphi is not None:
@@ -70,7 +69,7 @@ def explain(
         return
     path = write_explanations(run, found, rows)
     if json_:
-        print(json.dumps([row.to_json() for row in rows], indent=2))
+        print_json([row.to_json() for row in rows])
     else:
         Console().print(_table(rows))
     for row in rows:

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import tyro
 from rich.console import Console
 
+from mxd.cli.output import notes
 from mxd.explorer.collect import CollectConfig, collect
 from mxd.explorer.database import DATABASE_FILE, identify_run, read_facts, reading, require_database
 from mxd.explorer.export import export as export_pages
@@ -39,8 +40,7 @@ def explore(
         serve: Serve the pages; --no-serve only collects.
         port: Where to serve; if it is in use, the next free one is taken.
     """
-    # Square brackets in the name of a folder are no markup.
-    console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
+    console = notes()
     if not 1 <= port <= 65535:
         raise ValueError(f"port must lie in [1, 65535]; got {port}.")
     read_configuration(run)

@@ -1,6 +1,5 @@
 """`mxd frontier`: faithfulness against sparsity, of one run or several."""
 
-import json
 import shlex
 import sys
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
+from mxd.cli.output import notes, print_json
 from mxd.evaluation.comparison import compare_runs, require_place, write_frontier
 from mxd.evaluation.expert_use import collapse_warnings
 from mxd.evaluation.frontier_table import format_points
@@ -36,13 +36,12 @@ def frontier(
             run as evaluation-<digest>.json, and its evaluation.json stays.
         tokens: Tokens to evaluate on, at most; without it, evaluations that are there are taken whatever their number.
         together: Also draw what all layers cost when replaced at once, for each student that all layers have.
-        device: Where to evaluate; where each run was trained by default.
+        device: Where to evaluate; where each run was trained by default; `auto` takes the first accelerator.
         json_: Print what frontier.json holds.
     """
     if not runs:
         raise ValueError("A frontier must be of at least one run; name its folder.")
-    # Square brackets in the name of a folder are no markup.
-    console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
+    console = notes()
     folder = require_place(out, runs, text)
     command = shlex.join(["mxd", *sys.argv[1:]])
     found = compare_runs(
@@ -50,7 +49,7 @@ def frontier(
     )
     written = write_frontier(found, folder, command=command)
     if json_:
-        print(json.dumps(found.to_json(), indent=2))
+        print_json(found.to_json())
         return
     Console().print(format_points(found.points))
     for warning in collapse_warnings(found.all_rows):

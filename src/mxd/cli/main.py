@@ -23,8 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     # Pages of 2 MiB for large tensors: a step's gradients are new memory each time, and pages of 4 KiB are handed out
     # one by one. PyTorch reads this when it first allocates.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    from mxd.runs.faults import TrainingFault, TrainingInterrupted
     from mxd.runs.snapshots import SnapshotError
-    from mxd.training.train import TrainingFault, TrainingInterrupted
 
     given = list(sys.argv[1:] if arguments is None else arguments)
     named = given[: 2 if given[:1] == ["privacy"] else 1]

@@ -1,6 +1,7 @@
-"""Counts as people write them: 2M, 480M, 4096."""
+"""Numbers as people write them: counts such as 2M, 480M and 4096, and spans such as 0-99."""
 
 import re
+from collections.abc import Sequence
 from fractions import Fraction
 
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
@@ -42,4 +43,25 @@ def _count_rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[int] | None
     )
 
 
-__all__ = ["COUNTS", "parse_count"]
+def parse_latents(words: Sequence[str]) -> list[int]:
+    """Return the latents that words such as `7` and `0-99` name, each once, in their order.
+
+    Raises:
+        ValueError: If a word names none.
+
+    Example:
+        >>> parse_latents(["7", "0-2"])
+        [7, 0, 1, 2]
+    """
+    found: list[int] = []
+    for word in words:
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", word)
+        if match is None or int(match[2] or match[1]) < int(match[1]):
+            raise ValueError(f"latents must be numbers or spans of them, such as 7 or 0-99; got {word!r}.")
+        found += range(int(match[1]), int(match[2] or match[1]) + 1)
+    if not found:
+        raise ValueError("latents must name at least one; got none.")
+    return list(dict.fromkeys(found))
+
+
+__all__ = ["COUNTS", "parse_count", "parse_latents"]

@@ -1,9 +1,6 @@
 """`mxd pretrain`: a model with multilinear MLPs, from scratch."""
 
 import functools
-import json
-import shlex
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
@@ -12,11 +9,12 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from mxd.cli.output import go_on_with_resume, notes, print_json
 from mxd.pretraining.config import ImageConfig, LanguageConfig, PretrainConfig
 from mxd.pretraining.recipes import RECIPES, find_recipe
 from mxd.pretraining.run import MAY_DIFFER, MODEL_FOLDER, PretrainPlan, make_plan, run_plan
-from mxd.runs.run import is_finished, is_run, read_configuration, reopen_run
-from mxd.training.train import TrainingInterrupted
+from mxd.runs.faults import TrainingInterrupted
+from mxd.runs.run import is_finished, is_run, read_configuration, reopen_run, require_place
 
 DEFAULT_RECIPE = "stdlib-cp"
 
@@ -110,11 +108,10 @@ def _pretrain(
         raise ValueError(f"snapshot-every must be a number of seconds, at least 0; got {snapshot_every}.")
     if out is None and not dry_run:
         raise ValueError("out must name the folder of the run; give --out, or --dry-run to see the sizes alone.")
-    # Square brackets in the name of a file are no markup.
-    console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
+    console = notes()
     there = out is not None and is_run(out)
-    if there and not (resume or dry_run):
-        raise ValueError(f"{out} exists; pass --resume to continue it or name another --out.")
+    if out is not None and not dry_run:
+        require_place(out, resume)
     plan = make_plan(config, stored=read_configuration(out) if out is not None and there and resume else None)
     if out is None or dry_run:
         _show(plan, console)
@@ -127,11 +124,9 @@ def _pretrain(
     try:
         result = run_plan(plan, out, resume=resume, snapshot_every=snapshot_every)
     except (TrainingInterrupted, KeyboardInterrupt) as error:
-        arguments = sys.argv[1:] if "--resume" in sys.argv else [*sys.argv[1:], "--resume"]
-        command = shlex.join(["mxd", *arguments])
-        raise TrainingInterrupted(f"stopped by {str(error) or 'SIGINT'}; go on with: {command}") from error
+        raise go_on_with_resume(error) from error
     if as_json:
-        print(json.dumps(result, indent=2))
+        print_json(result)
     else:
         print("  ".join(f"{name} {value:.4f}" for name, value in result.items() if isinstance(value, float)))
     console.print(

@@ -1,7 +1,6 @@
 """`mxd privacy`: weights that are uncertain on protected instances, and what that is worth."""
 
 import functools
-import json
 import shlex
 import sys
 from collections.abc import Callable, Mapping
@@ -12,6 +11,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from mxd.cli.output import go_on_with_resume, notes, print_json
 from mxd.privacy.attacks import AttackConfig, AttackReport, attack
 from mxd.privacy.certify import CertifyConfig
 from mxd.privacy.certifying import certify_into
@@ -22,7 +22,7 @@ from mxd.privacy.pareto_front import pareto_optimal
 from mxd.privacy.recipes import find_privacy_recipe
 from mxd.privacy.tuning import InduceConfig
 from mxd.privacy.workflow import PrivacyFiles, induce_into, measure_request, read_request, sweep_into
-from mxd.training.train import TrainingInterrupted
+from mxd.runs.faults import TrainingInterrupted
 
 Flat = tyro.conf.arg(name="")
 COLUMNS, INDUCE, ATTACK, CERTIFY = ColumnNames(), InduceConfig(), AttackConfig(), CertifyConfig()
@@ -54,9 +54,9 @@ def induce(
     try:
         outcome = induce_into(out, request, config, resume=resume, footer=_command())
     except (TrainingInterrupted, KeyboardInterrupt) as error:
-        raise _go_on(error) from error
+        raise go_on_with_resume(error) from error
     if json_:
-        print(json.dumps(outcome.to_json(), indent=2))
+        print_json(outcome.to_json())
         return
     _show_measures({"before": outcome.before, "after": outcome.after})
     _say(f"Chosen at step {outcome.induced.chosen.step:,}. Wrote {out}/model, privacy.json and report.html.")
@@ -90,7 +90,7 @@ def sweep(
     try:
         front = sweep_into(out, request, config, thetas, resume=resume, footer=_command())
     except (TrainingInterrupted, KeyboardInterrupt) as error:
-        raise _go_on(error) from error
+        raise go_on_with_resume(error) from error
     optimal = pareto_optimal(front.points)
     if json_:
         print((out / "front.json").read_text("utf-8"), end="")
@@ -126,7 +126,7 @@ def certify(
     request = read_request(files, columns)
     outcome = certify_into(out, request, config, footer=_command())
     if json_:
-        print(json.dumps(outcome.to_json(), indent=2))
+        print_json(outcome.to_json())
         return
     _show_measures({"before": outcome.before, "without noise": outcome.without_noise, "after": outcome.after})
     _say(outcome.step.certificate.statement())
@@ -148,7 +148,7 @@ def evaluate(
     request = read_request(files, columns)
     measures = measure_request(request, request.saved.model)
     if json_:
-        print(json.dumps(measures.to_json(), indent=2))
+        print_json(measures.to_json())
         return
     _show_measures({"": measures})
 
@@ -173,7 +173,7 @@ def attack_model(
     public = request.optional("validation") or request.retained
     report = attack(request.saved.model, request.protected, public, config)
     if json_:
-        print(json.dumps(report.to_json(), indent=2))
+        print_json(report.to_json())
         return
     table = Table("attack", "confidence distance", "accuracy")
     for name in AttackReport.__slots__:
@@ -235,16 +235,8 @@ def _show_measures(found: Mapping[str, PrivacyMeasures]) -> None:
 
 
 def _say(text: str) -> None:
-    # Square brackets in the name of a folder are no markup.
-    Console(stderr=True, markup=False, highlight=False, soft_wrap=True).print(text)
+    notes().print(text)
 
 
 def _command() -> str:
     return shlex.join(["mxd", *sys.argv[1:]])
-
-
-def _go_on(error: BaseException) -> TrainingInterrupted:
-    given = [argument for argument in sys.argv[1:] if argument != "--resume"]
-    return TrainingInterrupted(
-        f"stopped by {str(error) or 'SIGINT'}; go on with: {shlex.join(['mxd', *given, '--resume'])}"
-    )

@@ -7,8 +7,9 @@ from typing import Annotated
 
 import tyro
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from mxd.cli.bar import PartsBar
+from mxd.cli.output import notes
 from mxd.printable import printable
 from mxd.probing.examples import TEXTS, TOKENS
 
@@ -36,7 +37,7 @@ def probe(
         texts: Texts of each set to use, at most.
         tokens: Tokens of documents with spans, or of Python, to look at, at most.
         student: Ids such as mxd-k32 or 8/mxd-k32; all by default.
-        device: Where to run; where the run was trained by default.
+        device: Where to run; where the run was trained by default; `auto` takes the first accelerator.
         json_: Print what probing.json holds.
     """
     # scikit-learn takes a second to load, which no other command should wait for.
@@ -45,9 +46,8 @@ def probe(
     from mxd.probing.results import write_probing
     from mxd.probing.tables import concept_table, mean_table, named_table, remarks
 
-    # Square brackets in the name of a folder are no markup.
-    console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
-    with _Bar(console) as bar:
+    console = notes()
+    with PartsBar(console) as bar:
         probing = probe_run(run, data=data, texts=texts, tokens=tokens, students=student, device=device, report=bar)
     written: list[Path] = []
     if not student:
@@ -70,38 +70,3 @@ def probe(
         console.print(remark)
     if written:
         console.print(printable(f"Wrote {', '.join(path.name for path in written)} to {os.fspath(run)}."))
-
-
-class _Bar:
-    """Shows how far the work is, on stderr: a bar in a terminal, a line for each part elsewhere."""
-
-    def __init__(self, console: Console) -> None:
-        columns = (
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-        )
-        self._console = console
-        self._progress = Progress(*columns, console=console, transient=True, redirect_stdout=False)
-        self._task: TaskID | None = None
-        self._doing = ""
-
-    def __enter__(self) -> "_Bar":
-        if self._console.is_terminal:
-            self._progress.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._console.is_terminal:
-            self._progress.stop()
-
-    def __call__(self, doing: str, done: int, total: int) -> None:
-        """Take how far the work is."""
-        if self._task is None or doing != self._doing:
-            if self._task is not None:
-                self._progress.remove_task(self._task)
-            self._task, self._doing = self._progress.add_task(doing, total=total), doing
-            if not self._console.is_terminal:
-                self._console.print(f"{doing} …")
-        self._progress.update(self._task, completed=done)

@@ -1,8 +1,5 @@
 """`mxd steer`: what latents do to the text that a model writes."""
 
-import json
-import re
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -12,6 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 from mxd.cli.bar import counted
+from mxd.cli.numbers import parse_latents
+from mxd.cli.output import notes, print_json
 from mxd.judge import Judge, JudgeConfig
 from mxd.steering.experiment import Intervention
 from mxd.steering.judged import judge_rows, steering_question
@@ -49,13 +48,12 @@ def steer(
         student: Ids such as mxd-k32 or 8/mxd-k32; all by default.
         text: Other held-out text than the run's own, for the units.
         tokens: Tokens of it, at most.
-        device: Where to run; where the run was trained by default.
+        device: Where to run; where the run was trained by default; `auto` takes the first accelerator.
         out: Folder of the files; RUN/steering by default.
         json_: Print what steering.json holds.
     """
     folder = run / "steering" if out is None else out
-    # Square brackets in the name of a folder are no markup.
-    console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
+    console = notes()
     with counted("Steering", "latents") as advance:
         result = steer_run(
             run,
@@ -75,7 +73,7 @@ def steer(
         result = _judged(result, judges, run / "judge-cache", console)
         written = write_result(folder, result)
     if json_:
-        print(json.dumps(result.to_json(), indent=2))
+        print_json(result.to_json())
     else:
         Console().print(_table(result))
     _tell_failures(result, console)
@@ -118,24 +116,3 @@ def _judged(result: SteeringResult, config: JudgeConfig, cache: Path, console: C
 def named(latent: int | tuple[int, ...]) -> str:
     """Return a latent, or several, for a message."""
     return f"latent {latent}" if isinstance(latent, int) else f"{len(latent)} latents at once"
-
-
-def parse_latents(words: Sequence[str]) -> list[int]:
-    """Return the latents that words such as `7` and `0-99` name, each once, in their order.
-
-    Raises:
-        ValueError: If a word names none.
-
-    Example:
-        >>> parse_latents(["7", "0-2"])
-        [7, 0, 1, 2]
-    """
-    found: list[int] = []
-    for word in words:
-        match = re.fullmatch(r"(\d+)(?:-(\d+))?", word)
-        if match is None or int(match[2] or match[1]) < int(match[1]):
-            raise ValueError(f"latents must be numbers or spans of them, such as 7 or 0-99; got {word!r}.")
-        found += range(int(match[1]), int(match[2] or match[1]) + 1)
-    if not found:
-        raise ValueError("latents must name at least one; got none.")
-    return list(dict.fromkeys(found))

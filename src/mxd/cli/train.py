@@ -4,9 +4,6 @@ import argparse
 import functools
 import hashlib
 import importlib.util
-import os
-import shlex
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -18,13 +15,15 @@ from rich.table import Table
 
 from mxd.atomic import JSON
 from mxd.bundled import MODEL_NAME
+from mxd.cli.output import go_on_with_resume, notes
 from mxd.memory import available_memory
 from mxd.quantities import gib
 from mxd.recipes import RECIPES, find_recipe
+from mxd.runs.faults import TrainingInterrupted
 from mxd.runs.metrics_log import TensorBoardSink, WandbSink
-from mxd.runs.run import is_finished, is_run, read_configuration, reopen_run
+from mxd.runs.run import is_finished, is_run, read_configuration, reopen_run, require_command, require_place
 from mxd.training.config import TrainConfig
-from mxd.training.decompose import MAY_DIFFER, Plan, decompose, make_plan
+from mxd.training.decompose import MAY_DIFFER, decompose, make_plan
 from mxd.training.estimate import (
     EFFICIENCY,
     Workload,
@@ -35,9 +34,10 @@ from mxd.training.estimate import (
     require_memory,
     shape_workload,
 )
+from mxd.training.plan import Plan
 from mxd.training.shapes import ModelShape
 from mxd.training.streams import announcement
-from mxd.training.train import SinkOpener, TrainingInterrupted
+from mxd.training.train import SinkOpener
 
 LIST = "list"
 """What `--recipe` is given to see the recipes."""
@@ -68,22 +68,24 @@ def train(
     if not snapshot_every >= 0:
         raise ValueError(f"snapshot-every must be a number of seconds, at least 0; got {snapshot_every}.")
     if not dry_run:
-        _require_place(out, resume)
+        require_place(out, resume)
     for package, is_wanted in {"tensorboard": tensorboard, "wandb": wandb is not None}.items():
         if is_wanted and importlib.util.find_spec(package) is None:
             raise ValueError(f"--{package} needs the package {package}; run pip install 'mxd[{package}]'.")
-    # Square brackets in the name of a file are no markup.
-    console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
+    console = notes()
     if dry_run and (shape := _shape_of_absent_model(config)) is not None:
         _show_from_shape(config, shape, console)
         return
-    if resume and not dry_run and is_run(out) and is_finished(out):
+    stored = read_configuration(out) if resume and is_run(out) else None
+    if stored is not None:
+        require_command(stored, "train")
+    if stored is not None and not dry_run and is_finished(out):
         # Nothing is computed any more, so neither model nor text need be there.
         reopen_run(out, {"config": cast(JSON, asdict(config))}, ignore=MAY_DIFFER)
         console.print(f"{out} is finished already; nothing was changed.", soft_wrap=True)
         return
-    plan = make_plan(config, stored=read_configuration(out) if resume and is_run(out) else None)
-    if resume and is_run(out) and not dry_run:
+    plan = make_plan(config, stored=stored)
+    if stored is not None and not dry_run:
         # Checked again when training begins; here, so that a refusal is one sentence and nothing else.
         reopen_run(out, plan.description(), ignore=MAY_DIFFER)
     workload = plan_workload(plan)
@@ -97,22 +99,8 @@ def train(
     try:
         decompose(plan, out, resume=resume, snapshot_every=snapshot_every, sinks=_sinks(plan, out, tensorboard, wandb))
     except (TrainingInterrupted, KeyboardInterrupt) as error:
-        command = shlex.join(["mxd", *_resuming(sys.argv[1:])])
-        raise TrainingInterrupted(f"stopped by {str(error) or 'SIGINT'}; go on with: {command}") from error
+        raise go_on_with_resume(error) from error
     console.print(f"Wrote {len(plan.students)} layers to {out}/layers. Next: mxd evaluate {out}", soft_wrap=True)
-
-
-def _require_place(out: Path, resume: bool) -> None:
-    """Check that a run can be made or continued here, before the model is loaded."""
-    if is_run(out):
-        if not resume:
-            raise ValueError(f"{out} exists; pass --resume to continue it or name another --out.")
-        return
-    if out.exists() and not (out.is_dir() and all(entry.name.startswith(".") for entry in out.iterdir())):
-        raise ValueError(f"{out} must be a new or an empty folder, or a run; it is something else; name another --out.")
-    parent = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
-    if not (parent.is_dir() and os.access(parent, os.W_OK)):
-        raise ValueError(f"{out} must be where a folder can be made; {parent} is none to write in; name another --out.")
 
 
 def _sinks(plan: Plan, out: Path, tensorboard: bool, wandb: str | None) -> list[SinkOpener]:
@@ -127,10 +115,6 @@ def _sinks(plan: Plan, out: Path, tensorboard: bool, wandb: str | None) -> list[
             lambda _: WandbSink(project=project, folder=out, configuration=configuration, name=name, identity=identity)
         )
     return sinks
-
-
-def _resuming(arguments: list[str]) -> list[str]:
-    return arguments if "--resume" in arguments else [*arguments, "--resume"]
 
 
 def train_from(recipe: str | None) -> Callable[..., None]:

@@ -32,7 +32,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mxd.atomic import canonical_json, partial_path, settle_file, sync_folder, write_json_atomically
+from mxd.atomic import canonical_json, nearest_folder, partial_path, settle_file, sync_folder, write_json_atomically
 from mxd.data.tokens import TokenPosition, TokenStream
 from mxd.locks import in_turn
 from mxd.models import MlpPair
@@ -380,8 +380,3 @@ def _is_cache(folder: Path, identity: CacheIdentity) -> bool:
         name, old, new = difference
         raise ValueError(f"the cache in {folder} was made with {name} {old}, this run has {new}; give another --cache.")
     return True
-
-
-def nearest_folder(path: Path) -> Path:
-    """The path, or the first above it that exists."""
-    return next(folder for folder in (path, *path.absolute().parents) if folder.exists())

@@ -108,7 +108,7 @@ def read_documents(path: Path, text_field: str) -> Iterator[Document]:
     """
     match path.suffix.lower():
         case ".txt":
-            for row, text in enumerate(split_text(_read_utf8(path))):
+            for row, text in enumerate(split_text(read_utf8(path))):
                 yield text_document(text, row)
         case ".jsonl":
             yield from _read_jsonl(path, text_field)
@@ -133,7 +133,12 @@ def split_text(text: str) -> list[str]:
     return [part.strip("\r\n") for part in parts if part.strip()]
 
 
-def _read_utf8(path: Path) -> str:
+def read_utf8(path: Path) -> str:
+    """Return the text of a file, without a byte order mark.
+
+    Raises:
+        ValueError: If it is not UTF-8.
+    """
     content = path.read_bytes()
     try:
         return content.decode("utf-8").removeprefix("\ufeff")
@@ -144,9 +149,25 @@ def _read_utf8(path: Path) -> str:
         ) from error
 
 
-def _read_jsonl(path: Path, text_field: str) -> Iterator[Document]:
+class JsonLine(NamedTuple):
+    """One row of a .jsonl."""
+
+    value: object
+    """What JSON says."""
+    where: str
+    """The row's place, for messages."""
+    row: int
+    """Number of the line, counted from 0."""
+
+
+def read_json_lines(path: Path) -> Iterator[JsonLine]:
+    """Yield the rows of a .jsonl, lines that are blank left out.
+
+    Raises:
+        ValueError: If it is not UTF-8, or a line is no JSON.
+    """
     # Not splitlines(): it also splits at U+2028 and its like, which JSON allows inside strings.
-    for row, line in enumerate(_read_utf8(path).split("\n")):
+    for row, line in enumerate(read_utf8(path).split("\n")):
         where = f"{path}, line {row + 1}"
         if not line.strip():
             continue
@@ -162,12 +183,17 @@ def _read_jsonl(path: Path, text_field: str) -> Iterator[Document]:
                 f"Every line of a .jsonl must be a JSON value that Python can read; {where} is not ({error}). "
                 "Repair or remove the line."
             ) from error
-        if document := _json_document(value, text_field, where, row):
+        yield JsonLine(value, where, row)
+
+
+def _read_jsonl(path: Path, text_field: str) -> Iterator[Document]:
+    for line in read_json_lines(path):
+        if document := _json_document(line.value, text_field, line.where, line.row):
             yield document
 
 
 def _read_json(path: Path, text_field: str) -> Iterator[Document]:
-    text = _read_utf8(path)
+    text = read_utf8(path)
     try:
         value: object = json.loads(text)
     except json.JSONDecodeError as error:

@@ -87,6 +87,12 @@ def encode_texts(
     return cast("Mapping[str, list[list[Any]]]", found)
 
 
+def begun_context(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Return the tokens of a text as a context begins: behind the tokenizer's first token, where it has one."""
+    first = bos_token(tokenizer)
+    return [*([] if first is None else [first]), *encode_texts(tokenizer, [text])["input_ids"][0]]
+
+
 def decode_tokens(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
     """Return the text of some tokens, special ones too, with every space that is in it.
 

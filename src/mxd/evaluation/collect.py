@@ -7,6 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mxd.layers.selection import SparseCode
+from mxd.metrics import in_float64, widest_dtype
 
 
 class Activation(NamedTuple):
@@ -82,8 +83,10 @@ class LatentStatistics:
         self.num_tokens = 0
         self.firings: Int[Tensor, " num_latents"] = torch.zeros(num_latents, dtype=torch.int64, device=device)
         """Number of tokens on which each latent fired."""
-        self.sums: Float[Tensor, " num_latents"] = torch.zeros(num_latents, dtype=torch.float64, device=device)
-        """Sum of each latent's values."""
+        self.sums: Float[Tensor, " num_latents"] = torch.zeros(
+            num_latents, dtype=widest_dtype(torch.device(device)), device=device
+        )
+        """Sum of each latent's values, in float64 where the device has it."""
         self.maxima: Float[Tensor, " num_latents"] = torch.zeros(num_latents, device=device)
         """Largest value of each latent; 0 where it never fired."""
         self._top_values = torch.zeros(num_latents, contexts_kept, device=device)
@@ -119,7 +122,7 @@ class LatentStatistics:
         if not 0 <= int(entries.latents.min()) <= int(entries.latents.max()) < self.num_latents:
             raise ValueError(f"The code's indices must lie in [0, {self.num_latents}), the latents counted here.")
         self.firings.index_add_(0, entries.latents, torch.ones_like(entries.latents))
-        self.sums.index_add_(0, entries.latents, entries.values.double())
+        self.sums.index_add_(0, entries.latents, entries.values.to(self.sums.dtype))
         self.maxima.scatter_reduce_(0, entries.latents, entries.values, "amax")
         self._keep_best(entries)
 
@@ -148,12 +151,12 @@ class LatentStatistics:
     @property
     def firing_rates(self) -> Float[Tensor, " num_latents"]:
         """The share of the tokens on which each latent fired, in float64."""
-        return self.firings.double() / max(self.num_tokens, 1)
+        return in_float64(self.firings) / max(self.num_tokens, 1)
 
     @property
     def dead_fraction(self) -> float:
         """The share of the latents that fired on no token."""
-        return (self.firings == 0).double().mean().item()
+        return (self.firings == 0).cpu().double().mean().item()
 
     @property
     def l0(self) -> float:

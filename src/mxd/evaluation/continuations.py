@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mxd.evaluation.faithfulness import EvaluationText, Variant, tokens_at_once
 from mxd.evaluation.sampling import evenly_spaced
+from mxd.models import device_of
 
 LONGEST = 8
 """Tokens of a continuation: agreement is reported from the first 1 to the first 8 of them (the paper's own protocol is
@@ -56,7 +57,7 @@ def agreement(
     original: Int[Tensor, "prompts num_tokens"], replaced: Int[Tensor, "prompts num_tokens"]
 ) -> Float[Tensor, " num_tokens"]:
     """Return the share of the prompts whose first 1, 2, … tokens are all the same, in float64."""
-    return (original == replaced).cumprod(1).double().mean(0)
+    return (original == replaced).cumprod(1).cpu().double().mean(0)
 
 
 def ngram_agreements(
@@ -84,7 +85,7 @@ def ngram_agreements(
         for name, variant in variants.items():
             with variant():
                 replaced = greedy_continuations(model, prompts)
-            same[name] += agreement(original, replaced).cpu() * len(prompts)
+            same[name] += agreement(original, replaced) * len(prompts)
     return {name: tuple((total / num_prompts).tolist()) for name, total in same.items()}
 
 
@@ -94,7 +95,7 @@ def _batches(model: nn.Module, text: EvaluationText) -> Iterator[Int[Tensor, "pr
     tokens = _TOKENS_AT_ONCE if _keeps_logits(model) else tokens_at_once(model)
     size = max(1, tokens // length)
     for first in range(0, len(prompts), size):
-        yield prompts[first : first + size].to(next(model.parameters()).device)
+        yield prompts[first : first + size].to(device_of(model))
 
 
 def _keeps_logits(model: nn.Module) -> bool:

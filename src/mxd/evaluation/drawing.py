@@ -99,6 +99,23 @@ def group_name(group: str, kind: str) -> str:
     return f"{kind_style(kind).name} {setting}".strip()
 
 
+def student_name(student: str, kind: str | None = None, *, before_k: str = ", K = ") -> str:
+    """Return what a student is called for people.
+
+    Args:
+        student: Its id, or `<layer>/<id>`.
+        kind: Its kind; what the id names where None.
+        before_k: Stands between the name and K.
+
+    Example:
+        >>> student_name("3/mxd-k16-h64"), student_name("transcoder-k8", before_k=" K ")
+        ('MxD h64, K = 16', 'Transcoder K 8')
+    """
+    own = student.rpartition("/")[2]
+    group, k = split_student(own)
+    return group_name(group, kind_of(own) if kind is None else kind) + ("" if k is None else f"{before_k}{k}")
+
+
 def describe(rows: Sequence[EvaluationRow]) -> str:
     """Return in a line the students' parameters and the tokens they were trained and evaluated on."""
     # Those that stand in together are the same students.

@@ -7,8 +7,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
 
-from torch import nn
-
 from mxd.checkpoint import edits_digest
 from mxd.edits import edits_of
 from mxd.evaluation.ablation import draw_ablations
@@ -27,6 +25,7 @@ from mxd.evaluation.trade import draw_trade
 from mxd.evaluation.whole_model import WholeModel, measure_model, together_row
 from mxd.layers import L1, SparseLayerConfig, TopKAutoencoder
 from mxd.runs.metrics_log import read_metrics
+from mxd.runs.run import METRICS_FILE
 
 NOTABLE_DIFFERENCE = 0.1
 """Relative difference above which reconstruction errors with special positions are reported beside those without."""
@@ -91,7 +90,7 @@ def evaluate_run(
     at_once = settings_together(run, places) if together else {}
     opened = open_run(run, description, text, tokens, device)
     for student in chosen:
-        student.candidate.network.to(next(cast("nn.Module", opened.language_model.model).parameters()).device)
+        student.candidate.network.to(opened.language_model.device)
     return _evaluate(replace(opened, identity=replace(opened.identity, edits=edits)), chosen, at_once)
 
 
@@ -110,7 +109,7 @@ def write_evaluation(run: Path, evaluation: Evaluation, *, title: str, footer: s
     pictures = [path.name for path in draw_ablations(evaluation.rows, run)]
     pictures += ["trade.png"] if draw_trade(own, run / "trade.png") else []
     draw_frontier(own, run / "frontier.png")
-    metrics = run / "metrics.jsonl"
+    metrics = run / METRICS_FILE
     write_report(
         run / "report.html",
         title=title,
@@ -137,7 +136,7 @@ def _evaluate(
     opened: OpenedRun, students: Sequence[TrainedStudent], at_once: Mapping[str, Sequence[str]]
 ) -> Evaluation:
     language_model, text = opened.language_model, opened.text
-    model = cast(nn.Module, language_model.model)
+    model = language_model.module
     named = {student.candidate.name: student for student in students}
     candidates = [student.candidate for student in students]
     quality = reconstructions(model, candidates, text)
@@ -169,7 +168,7 @@ def _evaluate(
 
 
 def _facts(opened: OpenedRun, students: Sequence[TrainedStudent]) -> dict[str, str]:
-    parameter = next(cast(nn.Module, opened.language_model.model).parameters())
+    parameter = next(opened.language_model.module.parameters())
     tokens_trained = students[0].provenance.tokens_trained
     layers = sorted({student.candidate.layer for student in students})
     edited = [student.candidate.name for student in students if edits_of(student.candidate.network)]
@@ -188,7 +187,6 @@ def _facts(opened: OpenedRun, students: Sequence[TrainedStudent]) -> dict[str, s
 def _row(whole: WholeModel, student: TrainedStudent, quality: Reconstruction, scrutiny: Scrutiny) -> EvaluationRow:
     network, provenance = student.candidate.network, student.provenance
     layer, config = student.candidate.layer, network.config
-    settings = student.settings
     agreement, ranks = quality.specialisation, scrutiny.ranks
     return EvaluationRow(
         id=student.id,
@@ -196,18 +194,6 @@ def _row(whole: WholeModel, student: TrainedStudent, quality: Reconstruction, sc
         kind=network.kind,
         k=config.k,
         k_trained=student.k_trained,
-        num_latents=settings.num_latents,
-        d_hidden=settings.hidden,
-        activation=settings.activation,
-        encoder=settings.encoder,
-        rank=settings.rank,
-        normalize_experts=settings.normalize_experts,
-        shared_expert=settings.shared_expert,
-        selection=settings.selection,
-        l1_coefficient=settings.l1_coefficient,
-        random_k=settings.random_k,
-        shared_penalty=settings.shared_penalty,
-        init=provenance.init,
         seed=provenance.seed,
         parameters=sum(parameter.numel() for parameter in network.parameters()),
         flops_per_token=_flops(config, student.settings.selection, quality.latents.l0),
@@ -231,6 +217,7 @@ def _row(whole: WholeModel, student: TrainedStudent, quality: Reconstruction, sc
         nmse_all_positions=_notable(quality.everywhere.nmse, quality.content.nmse),
         fvu_all_positions=_notable(quality.everywhere.fvu, quality.content.fvu),
         ce_mean=whole.losses[f"mean {layer}"].ce,
+        **student.settings.row_fields(),
         **whole.fields(student.candidate.name, f"zero {layer}"),
     )
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from mxd.evaluation.collect import LatentStatistics
 from mxd.evaluation.rows import EvaluationRow
 from mxd.layers import SparseCode, SparseLayer
-from mxd.metrics import error_sums
+from mxd.metrics import error_sums, widest_dtype
 
 ALWAYS_ON_RATE = 0.5
 """A latent that fires on more than this share of the tokens is always on: it tells tokens apart no better than a
@@ -168,5 +168,5 @@ def permuted_fvu(
 
 def _variation(y: Tensor) -> float:
     """Return Σ‖y_t − ȳ‖², in float64 where the device has it."""
-    y = y.float() if y.device.type == "mps" else y.double()
+    y = y.to(widest_dtype(y.device))
     return (y - y.mean(0)).square().sum().item()

@@ -8,7 +8,7 @@ from mxd.data.tokenization import Tokenizer, token_pieces
 from mxd.evaluation.collect import LatentStatistics, choose_experts
 from mxd.evaluation.faithfulness import Candidate
 from mxd.evaluation.report import ExpertExample, ExpertPage
-from mxd.models import mlp_pairs
+from mxd.models import device_of, mlp_pairs
 
 
 @torch.no_grad()
@@ -36,7 +36,7 @@ def expert_pages(
     pages: list[ExpertPage] = []
     for latent in choose_experts(statistics, count):
         top = statistics.top_contexts(latent)
-        shown = contexts[[activation.context for activation in top]].to(next(model.parameters()).device)
+        shown = contexts[[activation.context for activation in top]].to(device_of(model))
         pair = mlp_pairs(model, shown, [candidate.layer], module_path=module_path)[candidate.layer]
         code = candidate.network.encode(candidate.network.given(*pair).float())
         values = torch.where(code.indices == latent, code.values, 0).sum(-1)

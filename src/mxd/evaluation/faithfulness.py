@@ -15,7 +15,7 @@ from mxd.evaluation.specialisation import Specialisation, specialisation
 from mxd.layers import SparseCode, SparseLayer
 from mxd.memory import available_memory
 from mxd.metrics import ErrorSums, error_sums, kl_divergence, next_token_losses
-from mxd.models import MlpPair, ablate_mlp, mlp_pairs, replace_mlp, vocabulary_size
+from mxd.models import MlpPair, ablate_mlp, device_of, mlp_pairs, replace_mlp, vocabulary_size
 
 SPECIALISATION_TOKENS = 8192
 """Content tokens, evenly spaced, on which specialisation is measured."""
@@ -111,7 +111,7 @@ def reconstructions(
     judges = {candidate.name: _Judge(candidate, text) for candidate in candidates}
     layers = sorted({candidate.layer for candidate in candidates})
     for first, contexts in text.chunks(4096):
-        contexts = contexts.to(next(model.parameters()).device)
+        contexts = contexts.to(device_of(model))
         pairs = mlp_pairs(model, contexts, layers, module_path=text.module_path)
         content = content_positions(contexts, text.special_ids)
         for candidate in candidates:
@@ -172,7 +172,7 @@ def model_losses(model: nn.Module, variants: Mapping[str, Variant], text: Evalua
     sums = {name: torch.zeros(2, len(tokens), dtype=torch.float64) for name in variants}
     for first, contexts in text.chunks(tokens_at_once(model)):
         documents = text.documents[first : first + len(contexts), 1:].flatten()
-        contexts = contexts.to(next(model.parameters()).device)
+        contexts = contexts.to(device_of(model))
         original: Tensor | None = None
         for name, variant in variants.items():
             with variant():
@@ -198,7 +198,7 @@ def ablation(model: nn.Module, outputs: Mapping[int, Float[Tensor, " d_out"] | N
 
 def tokens_at_once(model: nn.Module) -> int:
     """Return how many tokens a forward pass may read whose logits are all wanted; at least one."""
-    return logits_fit(next(model.parameters()).device, vocabulary_size(model))
+    return logits_fit(device_of(model), vocabulary_size(model))
 
 
 def logits_fit(device: torch.device, vocabulary: int) -> int:

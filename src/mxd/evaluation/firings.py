@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from mxd.data.tokens import content_positions
 from mxd.evaluation.faithfulness import EvaluationText
 from mxd.layers import SparseLayer
-from mxd.models import mlp_pairs
+from mxd.models import device_of, mlp_pairs
 
 TOKENS_AT_ONCE = 4096
 
@@ -65,9 +65,7 @@ def collect_firings(
     wanted = None if latents is None else torch.tensor(sorted(latents))
     found: list[Firings] = []
     for first, contexts in text.chunks(TOKENS_AT_ONCE):
-        pair = mlp_pairs(model, contexts.to(next(model.parameters()).device), [layer], module_path=text.module_path)[
-            layer
-        ]
+        pair = mlp_pairs(model, contexts.to(device_of(model)), [layer], module_path=text.module_path)[layer]
         code = network.encode(network.given(*pair).float())
         values, indices = code.values.cpu().float(), code.indices.cpu()
         fires = (values > 0) & content_positions(contexts, text.special_ids)[..., None]

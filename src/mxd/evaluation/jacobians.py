@@ -1,10 +1,12 @@
 """Whether a layer bends as its MLP does: the cosine of their Jacobians."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from mxd.metrics import widest_dtype
 
 TokenMap = Callable[[Tensor], Tensor]
 """A differentiable function of each token by itself, from (tokens, d_in) to (tokens, d_out)."""
@@ -47,40 +49,16 @@ def jacobian_cosines(
     if probes < 1:
         raise ValueError(f"probes must be at least 1; got {probes}.")
 
-    def signs(outputs: Tensor) -> Iterator[Tensor]:
-        for _ in range(probes):
-            yield torch.randint(0, 2, outputs.shape, generator=generator) * 2 - 1
-
-    return _cosines(layer, mlp, x, signs)
-
-
-def exact_jacobian_cosines(layer: TokenMap, mlp: TokenMap, x: Float[Tensor, "tokens d_in"]) -> Float[Tensor, " tokens"]:
-    """Return the cosine similarity of two functions' Jacobians at each token, by one backward pass an output.
-
-    For small widths: `jacobian_cosines` says what it is, and estimates it for others.
-    """
-
-    def units(outputs: Tensor) -> Iterator[Tensor]:
-        for place in range(outputs.shape[-1]):
-            unit = torch.zeros(outputs.shape)
-            unit[..., place] = 1
-            yield unit
-
-    return _cosines(layer, mlp, x, units)
-
-
-def _cosines(
-    layer: TokenMap, mlp: TokenMap, x: Tensor, probes: Callable[[Tensor], Iterator[Tensor]]
-) -> Float[Tensor, " tokens"]:
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         predictions, targets = layer(x), mlp(x)
-    widest = torch.float32 if x.device.type == "mps" else torch.float64
+    widest = widest_dtype(x.device)
     sums = x.new_zeros(3, len(x), dtype=widest)
-    for probe in probes(targets):
+    for _ in range(probes):
+        signs = torch.randint(0, 2, targets.shape, generator=generator) * 2 - 1
         # The tokens do not mix, so that one product with the batch's Jacobian is one with every token's.
         ours, theirs = (
-            torch.autograd.grad(outputs, x, probe.to(outputs), retain_graph=True)[0].to(widest)
+            torch.autograd.grad(outputs, x, signs.to(outputs), retain_graph=True)[0].to(widest)
             for outputs in (predictions, targets)
         )
         sums += torch.stack([(one * other).sum(-1) for one, other in ((ours, theirs), (ours, ours), (theirs, theirs))])

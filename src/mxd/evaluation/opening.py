@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import nn
 
 from mxd.atomic import JSON
 from mxd.bundled import held_out_modules
@@ -78,7 +77,7 @@ def load_run_model(run: Path, description: Mapping[str, Any], device: str | None
         dtype=dtype,
         device=device or str(description["resources"]["device"]),
     )
-    if description["model"]["fingerprint"] != fingerprint(cast("nn.Module", language_model.model)):
+    if description["model"]["fingerprint"] != fingerprint(language_model.module):
         raise ValueError(
             f"{run} must be evaluated with the model that it was trained on; {language_model.id} has other weights or "
             "another config.json now, or an older version of mxd wrote the run. Restore that model, or train anew."
@@ -104,7 +103,7 @@ def open_run(
     config = description["config"]
     source = open_run_text(run, description, text)
     language_model = load_run_model(run, description, device)
-    model = cast("nn.Module", language_model.model)
+    model = language_model.module
     held_out = _held_out(source, config, language_model.tokenizer, vocabulary_size(model), tokens)
     return OpenedRun(
         language_model=language_model,

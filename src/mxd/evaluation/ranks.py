@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mxd.evaluation.collect import LatentStatistics
 from mxd.layers import SparseLayer
+from mxd.metrics import in_float64
 
 EPS = torch.finfo(torch.float32).eps
 """Layers are trained in float32: smaller differences are rounding."""
@@ -38,8 +39,7 @@ def ranks(matrix: Float[Tensor, "rows columns"]) -> Ranks:
     The squares of the singular values are the eigenvalues of the smaller Gram matrix, in float64, where what squaring
     loses is far below float32's rounding.
     """
-    wide = matrix.detach().cpu() if matrix.device.type == "mps" else matrix.detach()
-    wide = wide.double()
+    wide = in_float64(matrix.detach())
     gram = wide.t() @ wide if wide.shape[0] > wide.shape[1] else wide @ wide.t()
     squares = torch.linalg.eigvalsh(gram).clamp_min(0)
     largest = squares[-1]
@@ -53,12 +53,12 @@ def expert_ranks(layer: SparseLayer, experts: Sequence[int]) -> list[Ranks] | No
     """Return the ranks of some experts' matrices; None for a kind whose latents are no linear maps.
 
     The matrix of an expert is the kind's `expert_weight`; for a mixture of decoders W_n = D diag(c_n), which has the
-    rank of D (Oldfield et al., 2025, Lemma 1). Where a kind has none but adds the same vector for every input, as
-    transcoders and autoencoders do, a latent maps x to (e·x) d while it is active: a matrix of rank one.
+    rank of D (Oldfield et al., 2025, Lemma 1). Where a kind has none but declares `fixed_atoms`, as transcoders and
+    autoencoders do, a latent maps x to (e·x) d while it is active: a matrix of rank one.
     """
     if isinstance(layer, HasExpertWeights):
         return [ranks(layer.expert_weight(n)) for n in experts]
-    if not _has_constant_atoms(layer):
+    if not layer.fixed_atoms:
         return None
     found: list[Ranks] = []
     with torch.no_grad():
@@ -75,12 +75,3 @@ def sample_latents(statistics: LatentStatistics, count: int, seed: int = 0) -> l
     used = statistics.firings.nonzero().squeeze(-1).cpu()
     order = torch.randperm(len(used), generator=torch.Generator().manual_seed(seed))
     return sorted(used[order[:count]].tolist())
-
-
-@torch.no_grad()
-def _has_constant_atoms(layer: SparseLayer) -> bool:
-    generator = torch.Generator().manual_seed(0)
-    weight = layer.scorer.weight
-    x = torch.randn(2, layer.config.d_in, generator=generator).to(weight)
-    one, other = layer.atoms(x, torch.zeros(2, 1, dtype=torch.int64, device=weight.device))
-    return torch.equal(one, other)

@@ -153,8 +153,7 @@ class EvaluationRow:
     @property
     def settings(self) -> StudentSettings:
         """What may set the student apart from its siblings."""
-        named = {name: getattr(self, name) for name in StudentSettings._fields if name != "hidden"}
-        return StudentSettings(hidden=self.d_hidden, **named)
+        return StudentSettings.of_row(self)
 
     def to_json(self) -> dict[str, JSON]:
         """Return the row as JSON writes it, with null for what is not finite."""

@@ -3,20 +3,23 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
+from typing import NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from mxd.data.tokens import content_positions
 from mxd.evaluation.collect import LatentStatistics
 from mxd.evaluation.expert_use import EnergyUse, ExpertUse, energy_use, expert_use, permuted_fvu, variance_share
 from mxd.evaluation.faithfulness import Candidate, EvaluationText
 from mxd.evaluation.jacobians import TokenMap, jacobian_cosines
 from mxd.evaluation.ranks import Ranks, expert_ranks, sample_latents
-from mxd.evaluation.sampling import LayerSample, evenly_spaced, sample_layer
+from mxd.evaluation.sampling import evenly_spaced
 from mxd.layers import SparseLayer
 from mxd.layers.sparse_layer import SparseLayerOutput
-from mxd.models import MlpSite, find_mlp
+from mxd.models import MlpSite, device_of, find_mlp, mlp_pairs
 
 SAMPLE_TOKENS = 4096
 """Tokens on which layers are decoded anew, a thirty-second of what is evaluated by default. Both shares of variance are
@@ -50,6 +53,30 @@ class Scrutiny:
     """Share of the prediction's variance that the latents carry that fire on more than half of the tokens."""
     permuted_fvu: float
     """Fraction of variance unexplained with permuted latents."""
+
+
+class LayerSample(NamedTuple):
+    """What one MLP was given and returned at content positions of some held-out contexts."""
+
+    x: Float[Tensor, "tokens d_in"]
+    """Its inputs, in float32."""
+    target: Float[Tensor, "tokens d_out"]
+    """Its outputs, in float32."""
+    dtype: torch.dtype
+    """The type in which the model gave it its inputs."""
+
+
+@torch.no_grad()
+def sample_layer(model: nn.Module, layer: int, text: EvaluationText, num_tokens: int) -> LayerSample:
+    """Return what the MLP of one block reads and writes in about this many tokens of the text.
+
+    The contexts are evenly spaced, each is whole, and the model runs on them once, as far as this block.
+    """
+    chosen = evenly_spaced(len(text.contexts), max(1, num_tokens // text.contexts.shape[1]))
+    contexts = text.contexts[chosen].to(device_of(model))
+    pair = mlp_pairs(model, contexts, [layer], module_path=text.module_path)[layer]
+    content = content_positions(contexts, text.special_ids)
+    return LayerSample(pair.x[content].float(), pair.target[content].float(), pair.x.dtype)
 
 
 def scrutinise(

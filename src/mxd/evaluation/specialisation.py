@@ -6,6 +6,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mxd.evaluation.sampling import evenly_spaced
+from mxd.metrics import in_float64
+
 
 class Specialisation(NamedTuple):
     """The share of a prediction's variance that is lost when the experts' direction is taken away."""
@@ -14,8 +17,6 @@ class Specialisation(NamedTuple):
     """Lost against one expert of the best direction whose loudness is free on each token."""
     constant_gain: float
     """Lost against one expert of the best direction, always equally loud; never below `scalar_gain`."""
-    iterations: int
-    """Rounds of alternating least squares taken."""
 
 
 class _Fit(NamedTuple):
@@ -89,19 +90,19 @@ def specialisation(
         Both gains. A prediction that does not vary (to float32's rounding) has nothing to lose: 0.
     """
     if len(prediction) > max_tokens:
-        chosen = torch.linspace(0, len(prediction) - 1, max_tokens, dtype=torch.float64).round().long()
+        chosen = evenly_spaced(len(prediction), max_tokens)
         prediction, dense = prediction[chosen.to(prediction.device)], dense[chosen.to(dense.device)]
         base = None if base is None else base[chosen.to(base.device)]
-    y, q = prediction.detach().double(), dense.detach().double()
+    y, q = in_float64(prediction.detach()), in_float64(dense.detach())
     if len(y) == 0:
-        return Specialisation(0.0, 0.0, 0)
+        return Specialisation(0.0, 0.0)
     energy = y.square().sum().item()
     variance = (y - y.mean(0)).square().sum().item()
-    y = y if base is None else y - base.detach().double()
+    y = y if base is None else y - in_float64(base.detach())
     # Centring changes b only, and keeps the differences of sums exact.
     y = y - y.mean(0)
     if variance <= torch.finfo(torch.float64).eps * energy:
-        return Specialisation(0.0, 0.0, 0)
+        return Specialisation(0.0, 0.0)
     scale = q.square().mean().sqrt()
     problem = _Problem(y, q / torch.where(scale > 0, scale, 1))
 
@@ -115,4 +116,4 @@ def specialisation(
         settled = best.error - fit.error <= tolerance * best.error
         # At the optimum rounding may raise the error by a last bit.
         best = fit if fit.error < best.error else best
-    return Specialisation(best.error / variance, constant_gain, iterations)
+    return Specialisation(best.error / variance, constant_gain)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-from mxd.checkpoint import Provenance, load_checkpoint
+from mxd.checkpoint import Provenance, layer_folder, load_checkpoint
 from mxd.evaluation.faithfulness import Candidate
 from mxd.evaluation.rows import TOGETHER
 from mxd.layers import TopK
@@ -93,7 +93,7 @@ def load_students(
         name = f"{layer}/{id}"
         if wanted and name not in wanted and id not in wanted:
             continue
-        checkpoint = load_checkpoint(run / "layers" / name)
+        checkpoint = load_checkpoint(layer_folder(run, name))
         candidate = Candidate(name=name, layer=layer, network=checkpoint.layer)
         plan = described[number]
         students.append(

@@ -7,7 +7,7 @@ from typing import Any, TypedDict, cast, get_args
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from mxd.evaluation.continuations import ngram_agreements
 from mxd.evaluation.faithfulness import (
@@ -24,6 +24,7 @@ from mxd.evaluation.intervals import Interval, percentile_interval, resampled_su
 from mxd.evaluation.rows import TOGETHER, EvaluationRow
 from mxd.metrics import loss_recovered
 from mxd.models import LanguageModel
+from mxd.settings import StudentSettings
 
 
 class ModelFields(TypedDict):
@@ -129,7 +130,7 @@ def measure_model(
         text: What the model predicts.
         num_bytes: Bytes of UTF-8 that the predicted tokens stand for.
     """
-    model = cast("nn.Module", language_model.model)
+    model = language_model.module
     replaced = {
         candidate.name: replacement(model, {candidate.layer: candidate.network}, text) for candidate in candidates
     }
@@ -153,11 +154,7 @@ def measure_model(
     )
 
 
-_COMMON = (
-    *("kind", "k", "k_trained", "num_latents", "d_hidden", "activation", "encoder", "rank", "normalize_experts"),
-    "shared_expert",
-    *("selection", "l1_coefficient", "random_k", "init", "seed", "tokens_trained"),
-)
+_COMMON = ("kind", "k", "k_trained", *StudentSettings().row_fields(), "seed", "tokens_trained")
 """What a row of several layers says where they agree."""
 
 

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from rich.console import Console
 from rich.progress import Progress
-from torch import Tensor, nn
+from torch import Tensor
 
 from mxd.atomic import JSON
 from mxd.data.tokenization import token_pieces
@@ -42,10 +42,11 @@ from mxd.explorer.directions import INPUTS_KEPT, LogitMap, TopInputs, logit_map
 from mxd.explorer.profiles import TextTokens, latents_at_once, profile
 from mxd.explorer.rows import BlockRows, directions_of, map_data, student_facts
 from mxd.layers import SparseCode
-from mxd.models import LanguageModel, mlp_pairs, vocabulary_size
+from mxd.models import LanguageModel, device_of, mlp_pairs, vocabulary_size
 from mxd.quantities import gib
 from mxd.runs.metrics_log import read_metrics
 from mxd.runs.progress import TrainingProgress
+from mxd.runs.run import METRICS_FILE
 
 CONTEXTS_KEPT = 8
 """Strongest contexts of each latent."""
@@ -147,7 +148,7 @@ class _Collection:
         held_out: HeldOut,
         folder: Path,
     ) -> None:
-        self._model = cast("nn.Module", language_model.model)
+        self._model = language_model.module
         self._tokenizer = language_model.tokenizer
         self._module_path: str | None = description["config"]["module"]
         self._contexts = held_out.contexts
@@ -157,7 +158,7 @@ class _Collection:
             _Gatherer(student, number, folder, held_out.contexts.numel()) for number, student in enumerate(students)
         ]
         for gatherer in self._gatherers:
-            gatherer.network.to(next(self._model.parameters()).device)
+            gatherer.network.to(device_of(self._model))
 
     @torch.no_grad()
     def read(self, console: Console) -> None:
@@ -167,7 +168,7 @@ class _Collection:
         names = [gatherer.student.candidate.name for gatherer in self._gatherers]
         with TrainingProgress(self._contexts.numel(), names, "reading", console=console) as progress:
             for first in range(0, len(self._contexts), size):
-                contexts = self._contexts[first : first + size].to(next(self._model.parameters()).device)
+                contexts = self._contexts[first : first + size].to(device_of(self._model))
                 pairs = mlp_pairs(self._model, contexts, layers, module_path=self._module_path)
                 content = content_positions(contexts, self._special)
                 for gatherer in self._gatherers:
@@ -190,7 +191,7 @@ class _Collection:
         text = self._tokens()
         self._write_text(connection, text)
         sample = self._contexts[: max(1, _NORM_TOKENS // self._contexts.shape[1])]
-        logits = logit_map(self._model, sample.to(next(self._model.parameters()).device))
+        logits = logit_map(self._model, sample.to(device_of(self._model)))
         for gatherer in self._gatherers:
             self._write_student(connection, gatherer, text, logits, console)
 
@@ -236,7 +237,7 @@ def _text(
     source = open_run_text(run, description, config.text)
     num_tokens = settings["eval_tokens"] if config.tokens is None else config.tokens
     sizes: dict[str, int] = {"context": settings["context"], "num_tokens": num_tokens}
-    sizes["vocab_size"] = vocabulary_size(cast("nn.Module", language_model.model))
+    sizes["vocab_size"] = vocabulary_size(language_model.module)
     if not config.text:
         return held_out_contexts(source, language_model.tokenizer, **sizes), f"{source.name}, held-out documents"
     documents = itertools.chain(source.documents(held_out=True), source.documents(held_out=False))
@@ -259,7 +260,7 @@ def _facts(
     run: Path, language_model: LanguageModel, students: Sequence[TrainedStudent], held_out: HeldOut, name: str
 ) -> dict[str, JSON]:
     evaluation = run / EVALUATION_FILE
-    metrics = run / "metrics.jsonl"
+    metrics = run / METRICS_FILE
     curves = read_curves(read_metrics(metrics)) if metrics.is_file() else []
     rows = read_record(evaluation).rows if evaluation.is_file() else []
     return {

@@ -11,20 +11,21 @@ from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from mxd.atomic import JSON
 from mxd.checkpoint import edits_digest
-from mxd.data.tokenization import bos_token, encode_texts, eos_token, token_pieces
+from mxd.data.tokenization import begun_context, bos_token, eos_token, token_pieces
 from mxd.data.tokens import special_tokens
 from mxd.edits import CodeEditor, Edit
 from mxd.evaluation.faithfulness import Variant
 from mxd.evaluation.opening import load_run_model, read_finished_run
 from mxd.evaluation.students import TrainedStudent, load_students
 from mxd.layers import SparseCode, SparseLayer
-from mxd.models import LanguageModel, mlp_pairs
+from mxd.metrics import widest_dtype
+from mxd.models import LanguageModel, device_of, mlp_pairs, most_positions
 from mxd.steering import steer
-from mxd.steering.sampling import NEUTRAL, most_positions
+from mxd.steering.sampling import NEUTRAL
 
 MOST_NEW_TOKENS = 256
 MOST_TOKENS = 8192
@@ -98,8 +99,9 @@ def shares(layer: SparseLayer, x: Float[Tensor, "tokens d_in"]) -> tuple[list[li
                 f"The experts active on a text must be {MOST_PARTS} at most, counted on each token; they are more. "
                 "Shorten the text."
             )
-        y, base = layer.decode(rows, code).double(), layer.base(rows).double()
-        energy = y.square().sum(-1).clamp_min(torch.finfo(torch.float64).tiny)
+        widest = widest_dtype(rows.device)
+        y, base = layer.decode(rows, code).to(widest), layer.base(rows).to(widest)
+        energy = y.square().sum(-1).clamp_min(torch.finfo(widest).tiny)
         each = _towards(layer, rows, code, y) / energy[:, None]
         bases += ((base * y).sum(-1) / energy).tolist()
         for row in zip(code.indices.tolist(), code.values.tolist(), each.tolist(), strict=True):
@@ -161,8 +163,8 @@ class LiveModel:
             ids = self._encode(loaded, text)
             chosen = _chosen(loaded, student)
             layer = chosen.candidate.layer
-            model = cast("nn.Module", loaded.language_model.model)
-            contexts = torch.tensor([ids], device=next(model.parameters()).device)
+            model = loaded.language_model.module
+            contexts = torch.tensor([ids], device=device_of(model))
             pair = mlp_pairs(model, contexts, [layer], module_path=loaded.module_path)[layer]
             network = chosen.candidate.network
             x = network.given(*pair)
@@ -234,7 +236,7 @@ class LiveModel:
             written.put(None)
 
     def _steered(self, loaded: _Loaded, chosen: TrainedStudent, edits: Sequence[Edit]) -> "Variant":
-        model, candidate = cast("nn.Module", loaded.language_model.model), chosen.candidate
+        model, candidate = loaded.language_model.module, chosen.candidate
         kept = special_tokens(loaded.language_model.tokenizer) if loaded.passthrough else ()
         return lambda: steer(
             model,
@@ -253,7 +255,7 @@ class LiveModel:
                 )
             description = read_finished_run(self._run)
             language_model = load_run_model(self._run, description, self._device)
-            device = next(cast("nn.Module", language_model.model).parameters()).device
+            device = language_model.device
             students = load_students(self._run, description["students"], self._students)
             for student in students:
                 student.candidate.network.to(device)
@@ -267,12 +269,10 @@ class LiveModel:
 
     def _encode(self, loaded: _Loaded, text: str, new_tokens: int = 0) -> list[int]:
         tokenizer = loaded.language_model.tokenizer
-        ids = encode_texts(tokenizer, [text])["input_ids"][0]
-        if not ids:
+        ids = begun_context(tokenizer, text)
+        if len(ids) == int(bos_token(tokenizer) is not None):
             raise ValueError("The text must have at least one token; it has none. Type something.")
-        bos = bos_token(tokenizer)
-        ids = ids if bos is None else [bos, *ids]
-        own = most_positions(cast("nn.Module", loaded.language_model.model))
+        own = most_positions(loaded.language_model.model)
         longest = MOST_TOKENS if own is None else min(own, MOST_TOKENS)
         if len(ids) + new_tokens > longest:
             more = f" and {new_tokens} to be written" if new_tokens else ""
@@ -326,7 +326,7 @@ class _Pieces:
 
 def _generate(language_model: LanguageModel, ids: list[int], request: SteeringRequest, pieces: _Pieces) -> None:
     model = cast("Any", language_model.model)
-    prompt = torch.tensor([ids], device=next(model.parameters()).device)
+    prompt = torch.tensor([ids], device=device_of(model))
     sampling: dict[str, Any] = {**NEUTRAL, "do_sample": request.temperature > 0}
     if request.temperature > 0:
         sampling["temperature"] = request.temperature

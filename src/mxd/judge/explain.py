@@ -2,13 +2,14 @@
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from torch import nn
 
 from mxd.atomic import JSON, write_json_atomically
+from mxd.checkpoint import edits_digest
 from mxd.evaluation.collect import choose_experts
 from mxd.evaluation.delphi import export_latents
 from mxd.evaluation.faithfulness import Candidate, reconstructions
@@ -73,7 +74,7 @@ def gather_latents(
         ValueError: If the run is not finished, has no such student, or a student no such latent.
     """
     opened, chosen = _open(run, students, text, tokens, device)
-    model, contexts = cast("nn.Module", opened.language_model.model), opened.text.contexts
+    model, contexts = opened.language_model.module, opened.text.contexts
     found: list[LatentToExplain] = []
     skipped: list[tuple[str, int]] = []
     for student in chosen:
@@ -130,6 +131,7 @@ def write_explanations(run: Path, latents: Latents, found: Sequence[Interpretati
         "model": latents.opened.language_model.id,
         "text": latents.opened.text_name,
         "tokens": latents.opened.identity.tokens,
+        "edits": latents.opened.identity.edits,
         "explanations": rows,
         "skipped": [{"student": student, "latent": latent} for student, latent in latents.skipped],
     }
@@ -158,7 +160,7 @@ def export_run(
         ValueError: If the run is not finished, or has no such student.
     """
     opened, chosen = _open(run, students, text, tokens, device)
-    model = cast("nn.Module", opened.language_model.model)
+    model = opened.language_model.module
     written: list[Path] = []
     for student in chosen:
         firings: Firings = collect_firings(model, student.layer, student.network, opened.text)
@@ -189,8 +191,10 @@ def _open(
     run: Path, students: Sequence[str], text: Sequence[str], tokens: int | None, device: str | None
 ) -> tuple[OpenedRun, list[Candidate]]:
     description = read_finished_run(run)
+    # Before the layers are read: what is edited meanwhile is then found to be of other edits.
+    edits = edits_digest(run)
     chosen = [student.candidate for student in load_students(run, description["students"], students)]
     opened = open_run(run, description, text, tokens, device)
     for student in chosen:
-        student.network.to(next(cast("nn.Module", opened.language_model.model).parameters()).device)
-    return opened, chosen
+        student.network.to(opened.language_model.device)
+    return replace(opened, identity=replace(opened.identity, edits=edits)), chosen

@@ -13,7 +13,7 @@ from mxd.layers.initialization import normalize_rows_, uniform, uniform_by_colum
 from mxd.layers.mlp_weights import MlpWeights
 from mxd.layers.request import LayerRequest
 from mxd.layers.selection import SelectionName, SparseCode
-from mxd.layers.sparse_layer import AtomRows, LinearMap, SparseLayer, require_sizes
+from mxd.layers.sparse_layer import LinearMap, SparseLayer, require_sizes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -177,13 +177,10 @@ class MixtureOfDecoders(SparseLayer):
         """Return the expert table where it is kept normalised."""
         return (self.W_expert,) if self.config.normalize_experts else ()
 
-    def atom_rows(self, latent: int) -> AtomRows:
-        """Return the expert's row of $C$."""
-        return AtomRows(self.W_expert, latent, latent + 1)
-
-    def latent_lengths(self) -> Float[Tensor, " num_experts"]:
-        """Return the length of each expert's vector."""
-        return torch.linalg.vector_norm(self.W_expert, dim=1)
+    @property
+    def latent_table(self) -> nn.Parameter:
+        """$C$, the experts' vectors."""
+        return self.W_expert
 
     def input_maps(self) -> tuple[LinearMap, ...]:
         """Return the gate and the dense encoder's branches."""

@@ -13,7 +13,7 @@ from mxd.layers.initialization import uniform, uniform_by_column, zeros
 from mxd.layers.mlp_weights import MlpWeights
 from mxd.layers.request import LayerRequest
 from mxd.layers.selection import SelectionName, SparseCode
-from mxd.layers.sparse_layer import AtomRows, LinearMap, SparseLayer, require_sizes
+from mxd.layers.sparse_layer import LinearMap, SparseLayer, require_sizes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -143,13 +143,10 @@ class SharedTranscoder(SparseLayer):
             self.W_shared.zero_()[: len(mlp.W_dec)].copy_(mlp.W_dec)
             self.b_dec.copy_(mlp.b_dec)
 
-    def atom_rows(self, latent: int) -> AtomRows:
-        """Return the latent's decoder row."""
-        return AtomRows(self.W_dec, latent, latent + 1)
-
-    def latent_lengths(self) -> Float[Tensor, " num_latents"]:
-        """Return the length of each decoder row."""
-        return torch.linalg.vector_norm(self.W_dec, dim=1)
+    @property
+    def latent_table(self) -> nn.Parameter:
+        """The decoder."""
+        return self.W_dec
 
     def input_maps(self) -> tuple[LinearMap, ...]:
         """Return the encoder of the latents and the shared expert's branches."""

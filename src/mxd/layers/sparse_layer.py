@@ -6,6 +6,7 @@ from typing import ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.linalg import vector_norm
 
 from mxd.kernels import route
 from mxd.layers.mlp_weights import MlpWeights
@@ -104,7 +105,8 @@ class SparseLayer(nn.Module, ABC):
     """What training charges for the variance that a shared expert carries, unless told otherwise; None for kinds
     without one."""
     fixed_atoms: ClassVar[bool] = False
-    """Whether what a latent adds per unit of its value is the same for every input: a row of its own."""
+    """Whether what a latent adds per unit of its value is the same for every input: a row of its own. Then a latent
+    maps x to a multiple of one vector, of rank one."""
     config: SparseLayerConfig
     edit: Callable[[SparseCode], SparseCode] | None
     """What becomes of every code before it is decoded (`mxd.edits.with_edits`); None for a layer as it was trained."""
@@ -195,16 +197,26 @@ class SparseLayer(nn.Module, ABC):
         """Return the tables whose rows training keeps at unit length: none for most kinds."""
         return ()
 
+    @property
+    def latent_table(self) -> nn.Parameter | None:
+        """The table with a row for each latent, to which its atoms, and nothing else, are proportional.
+
+        None for kinds without such, and for those whose latents have several rows each.
+        """
+        return None
+
     def latent_lengths(self) -> Float[Tensor, " num_latents"]:
         """Return how much each latent adds per unit of its value, by which an L1 penalty weighs it.
 
         It is the length of the latent's row, or the Frobenius norm of its map; 1 where a kind does not say.
         """
-        return self.scorer.bias.new_ones(self.config.num_latents)
+        table = self.latent_table
+        return self.scorer.bias.new_ones(self.config.num_latents) if table is None else vector_norm(table, dim=1)
 
     def atom_rows(self, latent: int) -> AtomRows | None:
         """Return the rows to which this latent's atoms, and nothing else, are proportional; None without such."""
-        return None
+        table = self.latent_table
+        return None if table is None else AtomRows(table, latent, latent + 1)
 
     def latent_parameters(self) -> list[nn.Parameter]:
         """Return the parameters of which each latent has a part of its own: the scorer and the tables of `atom_rows`.

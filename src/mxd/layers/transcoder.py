@@ -10,7 +10,7 @@ from mxd.kernels import mix
 from mxd.layers.initialization import normalize_rows_, uniform, uniform_by_column, zeros
 from mxd.layers.request import LayerRequest
 from mxd.layers.selection import SelectionName, SparseCode
-from mxd.layers.sparse_layer import AtomRows, LinearMap, SparseLayer, require_sizes
+from mxd.layers.sparse_layer import LinearMap, SparseLayer, require_sizes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,13 +110,10 @@ class Transcoder(SparseLayer):
         """Return the decoder where it is kept normalised."""
         return (self.W_dec,) if self.config.normalize_decoder else ()
 
-    def atom_rows(self, latent: int) -> AtomRows:
-        """Return the latent's decoder row."""
-        return AtomRows(self.W_dec, latent, latent + 1)
-
-    def latent_lengths(self) -> Float[Tensor, " num_latents"]:
-        """Return the length of each decoder row."""
-        return torch.linalg.vector_norm(self.W_dec, dim=1)
+    @property
+    def latent_table(self) -> nn.Parameter:
+        """The decoder."""
+        return self.W_dec
 
     def input_maps(self) -> tuple[LinearMap, ...]:
         """Return the encoder."""

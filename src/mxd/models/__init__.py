@@ -2,7 +2,16 @@
 
 from mxd.models.blocks import BlockActivations, block_activations
 from mxd.models.identity import digest, fingerprint
-from mxd.models.loading import LanguageModel, load_language_model, load_tokenizer, require_device, vocabulary_size
+from mxd.models.loading import (
+    LanguageModel,
+    device_of,
+    load_language_model,
+    load_tokenizer,
+    most_positions,
+    require_device,
+    resolve_device,
+    vocabulary_size,
+)
 from mxd.models.sites import MLP_SITES, MlpSite, MlpSpec, find_block, find_mlp, num_layers
 from mxd.models.surgery import MlpPair, Replacement, ablate_mlp, capture_mlp, mlp_pairs, replace_mlp
 from mxd.models.weights import apply_mlp, hidden_units, mlp_weights
@@ -19,6 +28,7 @@ __all__ = [
     "apply_mlp",
     "block_activations",
     "capture_mlp",
+    "device_of",
     "digest",
     "find_block",
     "find_mlp",
@@ -28,8 +38,10 @@ __all__ = [
     "load_tokenizer",
     "mlp_pairs",
     "mlp_weights",
+    "most_positions",
     "num_layers",
     "replace_mlp",
     "require_device",
+    "resolve_device",
     "vocabulary_size",
 ]

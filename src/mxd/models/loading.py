@@ -32,6 +32,16 @@ class LanguageModel(NamedTuple):
     revision: str | None
     """The hub's commit if it is known, else the revision that was asked for; None for a folder."""
 
+    @property
+    def module(self) -> torch.nn.Module:
+        """The model, as PyTorch's types know it."""
+        return cast("torch.nn.Module", self.model)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return device_of(self.module)
+
 
 def load_language_model(
     model_id: str,
@@ -49,7 +59,7 @@ def load_language_model(
         model_id: A hub id such as `openai-community/gpt2`, a local folder, or `bundled`.
         revision: Branch, tag or commit on the hub.
         dtype: Of the weights; "auto" takes the checkpoint's.
-        device: Where to put the model.
+        device: Where to put the model; `auto` takes the first accelerator there is.
         trust_remote_code: Whether to run Python code that comes with the model.
 
     Raises:
@@ -58,7 +68,7 @@ def load_language_model(
             damaged or do not fit the config, or transformers does not know the architecture, cannot use the config or
             misses a library that the model needs.
     """
-    require_device(device)
+    device = resolve_device(str(device))
     source = _source(model_id)
     if Path(source).is_dir():
         _check_folder(Path(source))
@@ -97,9 +107,35 @@ def require_device(device: str | torch.device) -> None:
         ) from error
 
 
+def resolve_device(asked: str) -> str:
+    """Return the device that was asked for; `auto` takes the first accelerator there is.
+
+    Raises:
+        ValueError: If the device is unknown or not there.
+    """
+    if asked == "auto":
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    require_device(asked)
+    return asked
+
+
+def device_of(module: torch.nn.Module) -> torch.device:
+    """Return where a module's weights are."""
+    return next(module.parameters()).device
+
+
 def vocabulary_size(model: Any) -> int:
     """Return the number of token ids that a language model can read."""
     return int(model.get_input_embeddings().weight.shape[0])
+
+
+def most_positions(model: Any) -> int | None:
+    """Return how many tokens a language model has positions for; None where its configuration does not say.
+
+    A model of text and images says it in the part of its configuration that is about text.
+    """
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return longest if isinstance(longest, int) else None
 
 
 def _source(model_id: str) -> str:

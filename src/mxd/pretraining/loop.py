@@ -14,12 +14,12 @@ from mxd.atomic import JSON
 from mxd.pretraining.config import Optimization
 from mxd.pretraining.surgery import all_finite, parameter_groups
 from mxd.pretraining.tasks import Task
+from mxd.runs.faults import TrainingFault, TrainingInterrupted
 from mxd.runs.metrics_log import MetricsLog
 from mxd.runs.progress import TrainingProgress
 from mxd.runs.signals import interruptible
 from mxd.runs.snapshots import load_newest_snapshot, save_snapshot
 from mxd.training.optimizer import optimizer_tensors, restore_optimizer_
-from mxd.training.train import TrainingFault, TrainingInterrupted
 
 LOG_EVERY = 10
 """Steps between two lines of metrics.jsonl."""

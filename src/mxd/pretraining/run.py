@@ -25,10 +25,19 @@ from mxd.pretraining.tasks import (
     read_image_folder,
     read_language,
 )
-from mxd.runs.run import create_run, is_finished, is_run, locked, mark_finished, reopen_run
+from mxd.runs.faults import TrainingFault
+from mxd.runs.run import (
+    create_run,
+    is_finished,
+    is_run,
+    locked,
+    mark_finished,
+    reopen_run,
+    require_command,
+    require_place,
+)
 from mxd.runs.snapshots import SnapshotError
 from mxd.training.resources import multiplies_bfloat16, resolve_device, resolve_threads
-from mxd.training.train import TrainingFault
 
 RESULT_FILE, MODEL_FOLDER = "pretraining.json", "model"
 MAY_DIFFER = ("resources.threads", "resources.precision", "config.optimization.threads", "config.images")
@@ -89,10 +98,8 @@ def make_plan(config: PretrainConfig, stored: Mapping[str, JSON] | None = None) 
         ValueError: If anything asked for does not fit together.
         FileNotFoundError: If text, images or the tokenizer are not there.
     """
-    if stored is not None and stored.get("command") != "pretrain":
-        raise ValueError(
-            "a run must be one of mxd pretrain to be continued by it; this one is not; name another --out."
-        )
+    if stored is not None:
+        require_command(stored, "pretrain")
     _require_own_fraction(config)
     device = resolve_device(config.optimization.device)
     threads, precision = resolve_threads(config.optimization.threads), config.optimization.precision
@@ -155,42 +162,48 @@ def run_plan(
         SnapshotError: If a snapshot cannot be written.
         TrainingInterrupted: If a signal stopped the run; a snapshot was written.
     """
-    if resume and is_run(out):
-        reopen_run(out, plan.description(), ignore=MAY_DIFFER)
-        if is_finished(out):
-            return cast("Mapping[str, JSON]", json.loads((out / RESULT_FILE).read_text(encoding="utf-8")))
-    else:
-        create_run(out, plan.description())
-    try:
-        with locked(out):
-            found = pretrain(
-                plan.task,
-                plan.config.optimization,
-                out,
-                name=plan.config.recipe,
-                device=plan.device,
-                precision=plan.precision,
-                eval_every=plan.config.eval_every,
-                snapshot_every=snapshot_every,
-            )
-            save_model(plan.task.model, out / MODEL_FOLDER)
-            if isinstance(plan.data, LanguageData):
-                cast(Any, plan.data.tokenizer).save_pretrained(out / MODEL_FOLDER)
-            result: dict[str, JSON] = {
-                "recipe": plan.config.recipe,
-                "kind": plan.config.mlp.kind,
-                "seed": plan.config.optimization.seed,
-                "parameters": plan.parameters,
-                "steps": plan.task.steps,
-                plan.task.unit: plan.task.steps * plan.task.units_per_step,
-                **found,
-            }
-            write_json_atomically(out / RESULT_FILE, result)
-            mark_finished(out, plan.task.steps)
-    except SnapshotError:
-        raise
-    except OSError as error:
-        raise TrainingFault(
-            f"{error}; what {out} holds is intact: remove the cause, then continue with --resume."
-        ) from error
+    require_place(out, resume)
+    # Locked before it is made: of two processes that begin at once, one makes the run and the other is refused.
+    with locked(out):
+        if resume and is_run(out):
+            reopen_run(out, plan.description(), ignore=MAY_DIFFER)
+            if is_finished(out):
+                return cast("Mapping[str, JSON]", json.loads((out / RESULT_FILE).read_text(encoding="utf-8")))
+        else:
+            create_run(out, plan.description())
+        try:
+            return _pretrain_and_save(plan, out, snapshot_every)
+        except SnapshotError:
+            raise
+        except OSError as error:
+            raise TrainingFault(
+                f"{error}; what {out} holds is intact: remove the cause, then continue with --resume."
+            ) from error
+
+
+def _pretrain_and_save(plan: PretrainPlan, out: Path, snapshot_every: float) -> Mapping[str, JSON]:
+    found = pretrain(
+        plan.task,
+        plan.config.optimization,
+        out,
+        name=plan.config.recipe,
+        device=plan.device,
+        precision=plan.precision,
+        eval_every=plan.config.eval_every,
+        snapshot_every=snapshot_every,
+    )
+    save_model(plan.task.model, out / MODEL_FOLDER)
+    if isinstance(plan.data, LanguageData):
+        cast(Any, plan.data.tokenizer).save_pretrained(out / MODEL_FOLDER)
+    result: dict[str, JSON] = {
+        "recipe": plan.config.recipe,
+        "kind": plan.config.mlp.kind,
+        "seed": plan.config.optimization.seed,
+        "parameters": plan.parameters,
+        "steps": plan.task.steps,
+        plan.task.unit: plan.task.steps * plan.task.units_per_step,
+        **found,
+    }
+    write_json_atomically(out / RESULT_FILE, result)
+    mark_finished(out, plan.task.steps)
     return result

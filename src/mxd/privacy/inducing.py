@@ -13,12 +13,12 @@ from mxd.atomic import JSON
 from mxd.models.identity import fingerprint
 from mxd.privacy.examples import Examples, require_logits, require_sets
 from mxd.privacy.tuning import InduceConfig, Induced, Sets, Tuning
+from mxd.runs.faults import TrainingInterrupted
 from mxd.runs.metrics_log import MetricsLog
 from mxd.runs.progress import TrainingProgress
 from mxd.runs.run import create_run, is_finished, is_run, locked, mark_finished, reopen_run
 from mxd.runs.signals import interruptible
 from mxd.runs.snapshots import load_newest_snapshot, save_snapshot
-from mxd.training.train import TrainingInterrupted
 
 COLUMNS = {"loss": "objective", "distance": "confidence_distance", "accuracy": "validation_accuracy"}
 

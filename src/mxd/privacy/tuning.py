@@ -18,8 +18,8 @@ from mxd.privacy.fitting import warmup_and_cosine
 from mxd.privacy.gradients import dot, mean_gradient, project_onto_ball_, symmetric_surgery
 from mxd.privacy.measures import measure_set
 from mxd.privacy.objective import ObjectiveConfig, accuracy_losses, uniformity_losses
+from mxd.runs.faults import TrainingFault
 from mxd.runs.snapshots import Snapshot
-from mxd.training.train import TrainingFault
 
 logger = logging.getLogger(__name__)
 DECAY_STEP, DECAY_FACTOR = 30, 0.2

@@ -14,7 +14,7 @@ from mxd.data.tokenization import Tokenizer, bos_token
 from mxd.data.tokens import special_tokens
 from mxd.evaluation.faithfulness import Candidate
 from mxd.layers import MlpWeights
-from mxd.models import BlockActivations, block_activations, find_mlp, hidden_units, mlp_weights
+from mxd.models import BlockActivations, block_activations, device_of, find_mlp, hidden_units, mlp_weights
 
 BATCH_TOKENS = 4096
 """Tokens of one pass of the model."""
@@ -133,7 +133,7 @@ class _Padded(NamedTuple):
 def _padded(
     probed: Probed, contexts: Sequence[Int[np.ndarray, " _tokens"]], wanted: Sequence[Bool[np.ndarray, " _tokens"]]
 ) -> _Padded:
-    device = next(probed.model.parameters()).device
+    device = device_of(probed.model)
     first = int(probed.bos is not None)
     width = first + max(map(len, contexts))
     ids = np.zeros((len(contexts), width), dtype=np.int64)

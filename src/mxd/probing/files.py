@@ -2,11 +2,11 @@
 
 import csv
 import io
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple, cast
 
+from mxd.data.documents import read_json_lines, read_utf8
 from mxd.printable import printable
 from mxd.probing.examples import TEXTS, Example, ProbingSet, Span, SpanSet, make_text_set
 
@@ -51,15 +51,7 @@ def read_labelled_file(path: Path, texts: int = TEXTS) -> ProbingSet:
 def _read_jsonl(path: Path) -> Iterator[_Row]:
     if path.suffix.lower() not in (".jsonl", ".json"):
         raise ValueError(f"Data to probe with must be .jsonl or .csv; got {path}. Convert the file to one of these.")
-    # Not splitlines(): it also splits at U+2028 and its like, which JSON allows inside strings.
-    for number, line in enumerate(_read_utf8(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            value: object = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"Every line must be a JSON object; {where} is not ({error}). Repair it.") from error
+    for value, where, _ in read_json_lines(path):
         if not isinstance(value, dict):
             raise ValueError(f"Every line must be a JSON object; {where} is a {type(value).__name__}. Repair it.")
         yield _Row(cast("dict[str, object]", value), where)
@@ -67,7 +59,7 @@ def _read_jsonl(path: Path) -> Iterator[_Row]:
 
 def _read_csv(path: Path) -> Iterator[_Row]:
     # A stream without translation: splitlines() splits at U+2028 and its like, which a field may hold.
-    lines = csv.reader(io.StringIO(_read_utf8(path), newline=""), strict=True)
+    lines = csv.reader(io.StringIO(read_utf8(path), newline=""), strict=True)
     limit = csv.field_size_limit(MOST_CHARACTERS)
     try:
         head = next(lines, [])
@@ -84,13 +76,6 @@ def _read_csv(path: Path) -> Iterator[_Row]:
         raise ValueError(f"A .csv must be well-formed; {path}, line {lines.line_num} is not ({error}).") from error
     finally:
         csv.field_size_limit(limit)
-
-
-def _read_utf8(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"Data must be UTF-8; {path} is not at byte {error.start}. Convert the file.") from error
 
 
 def text_of(fields: Mapping[str, object], name: str, where: str) -> str:

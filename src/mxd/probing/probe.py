@@ -3,15 +3,15 @@
 import json
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import sklearn
-from torch import nn
 
 from mxd.atomic import JSON
+from mxd.checkpoint import CONFIG_FILE, edits_digest, layer_folder
 from mxd.evaluation.opening import load_run_model, read_finished_run
 from mxd.evaluation.students import TrainedStudent, load_students
-from mxd.models import LanguageModel
+from mxd.models import LanguageModel, device_of
 from mxd.probing.collecting import Probed, Report, say_nothing
 from mxd.probing.examples import (
     PART_SHARES,
@@ -60,6 +60,8 @@ def probe_run(
     description = read_finished_run(run)
     names = parse_data(data or default_data(description["config"]["text"]))
     _check_names([name.name for name in names if name.name in HUB_SETS])
+    # Before the layers are read: what is edited meanwhile is then found to be of other edits.
+    edits = edits_digest(run)
     # All that can be refused is refused before the model runs.
     chosen = load_students(run, description["students"], students)
     sets = [open_data(name, texts) for name in names]
@@ -70,7 +72,7 @@ def probe_run(
         sets,
         tokens=tokens,
         facts=_facts(language_model, chosen),
-        identity=_identity(run, description, chosen),
+        identity=_identity(run, description, chosen) | {"edits": edits},
         report=report,
     )
 
@@ -127,8 +129,8 @@ def _check_names(names: Sequence[str]) -> None:
 def _probed(
     language_model: LanguageModel, description: Mapping[str, Any], students: Sequence[TrainedStudent]
 ) -> Probed:
-    model = cast("nn.Module", language_model.model)
-    device = next(model.parameters()).device
+    model = language_model.module
+    device = device_of(model)
     for student in students:
         student.candidate.network.to(device).eval()
     config = description["config"]
@@ -150,6 +152,6 @@ def _facts(language_model: LanguageModel, students: Sequence[TrainedStudent]) ->
 def _identity(run: Path, description: Mapping[str, Any], students: Sequence[TrainedStudent]) -> dict[str, JSON]:
     weights: dict[str, JSON] = {}
     for student in students:
-        stored = json.loads((run / "layers" / student.candidate.name / "config.json").read_text(encoding="utf-8"))
+        stored = json.loads((layer_folder(run, student.candidate.name) / CONFIG_FILE).read_text(encoding="utf-8"))
         weights[student.candidate.name] = stored["weights_sha256"]
     return {"model": description["model"]["fingerprint"], "weights_sha256": weights}

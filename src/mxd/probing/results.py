@@ -13,7 +13,7 @@ from jaxtyping import Bool, Int
 from mxd.atomic import JSON, write_text_atomically
 from mxd.probing import PROBING_FILE, VERSION
 from mxd.probing.collecting import HIDDEN, RESIDUAL
-from mxd.probing.examples import Skipped
+from mxd.probing.examples import PART_NAMES, Skipped
 from mxd.probing.statistics import Quality, Verdict, judge
 
 KS = (1, 2, 5, 20, 100)
@@ -131,7 +131,7 @@ class SetResult:
             "data": self.data,
             "total": self.total,
             "documents": self.documents,
-            "parts": dict(zip(("train", "validation", "test"), self.parts, strict=True)),
+            "parts": dict(zip(PART_NAMES, self.parts, strict=True)),
             "examples": dict(self.examples),
             "skipped": [skip._asdict() for skip in self.skipped],
             "left_out": dict(self.left_out),

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from rich.table import Table
 from rich.text import Text
 
-from mxd.evaluation.drawing import group_name, split_student
+from mxd.evaluation.drawing import student_name
 from mxd.printable import printable
 from mxd.probing import PROBING_FILE
 from mxd.probing.collecting import HIDDEN, RESIDUAL
@@ -22,9 +22,7 @@ MOST_LISTED = 20
 
 def features_name(features: str, kind: str, *, with_layer: bool) -> str:
     """Return what features are called in tables and pictures, such as `MxD K 32` or `Layer 3 MxD K 32`."""
-    layer, _, name = features.rpartition("/")
-    group, k = split_student(name)
-    shown = group_name(group, kind) + (f" K {k}" if k is not None else "")
+    layer, shown = features.rpartition("/")[0], student_name(features, kind, before_k=" K ")
     return f"Layer {layer} {shown}" if with_layer and layer else shown
 
 

@@ -1,13 +1,14 @@
 """The folder of a run: its immutable configuration and whether it has finished."""
 
 import json
+import os
 from collections.abc import Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple, cast
 
-from mxd.atomic import JSON, json_text, partial_path, write_json_atomically
+from mxd.atomic import JSON, json_text, nearest_folder, partial_path, write_json_atomically
 from mxd.locks import exclusive, has_locks
 
 CONFIGURATION_FILE = "run.json"
@@ -15,25 +16,65 @@ FINISHED_FILE = "finished.json"
 VERSIONS = "versions"
 """The field of a configuration that says with what a run was begun."""
 LOCK_FILE = ".lock"
+METRICS_FILE = "metrics.jsonl"
+SNAPSHOTS = "snapshots"
+"""The folder of the snapshots from which a run goes on."""
 
 
 def create_run(path: Path, configuration: Mapping[str, JSON]) -> None:
     """Make the run's folder and write its configuration to `run.json`, once and for all.
 
     Raises:
-        ValueError: If the folder exists and holds anything but the lock, or the configuration holds NaN or infinity.
+        ValueError: If `require_place` refuses the folder, or the configuration holds NaN or infinity.
         TypeError: If the configuration holds something that is no JSON value.
     """
     json_text(configuration)
+    require_place(path, resume=False)
+    path.mkdir(parents=True, exist_ok=True)
+    write_json_atomically(path / CONFIGURATION_FILE, configuration)
+
+
+def require_place(path: Path, resume: bool) -> None:
+    """Check that a run can be made here, or goes on here, before anything long begins; nothing is written.
+
+    Args:
+        path: The run's folder.
+        resume: Whether a run that is there is to be continued.
+
+    Raises:
+        ValueError: If a run is there and is not to be continued, the folder holds anything else but the lock, or it
+            cannot be made.
+    """
     if is_run(path):
-        raise ValueError(f"{path} exists; pass --resume to continue it or name another --out.")
+        if not resume:
+            raise ValueError(f"{path} exists; pass --resume to continue it or name another --out.")
+        return
     _refuse_file(path)
-    configuration_file = path / CONFIGURATION_FILE
-    harmless = {partial_path(configuration_file), path / LOCK_FILE}
+    harmless = {partial_path(path / CONFIGURATION_FILE), path / LOCK_FILE}
     if path.exists() and any(entry not in harmless for entry in path.iterdir()):
         raise ValueError(f"{path} exists, is not empty and holds no {CONFIGURATION_FILE}; name another --out.")
-    path.mkdir(parents=True, exist_ok=True)
-    write_json_atomically(configuration_file, configuration)
+    parent = nearest_folder(path)
+    if not (parent.is_dir() and os.access(parent, os.W_OK)):
+        raise ValueError(
+            f"{path} must be where a folder can be made; {parent} is none to write in; name another --out."
+        )
+
+
+def require_command(configuration: Mapping[str, JSON], command: str) -> None:
+    """Check that a run was begun by the command that is to continue it.
+
+    Args:
+        configuration: What its `run.json` holds.
+        command: What stands there as `command`; runs of `train` of an earlier version have none.
+
+    Raises:
+        ValueError: If it was begun by another.
+    """
+    began = configuration.get("command", "induce" if "task" in configuration else "train")
+    if began != command:
+        raise ValueError(
+            f"a run must be one of mxd {command} to be continued by it; this one is of {began!r}; name another --out."
+        )
 
 
 def is_run(path: Path) -> bool:

@@ -2,19 +2,17 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, cast
-
-from torch import nn
+from typing import Any, NamedTuple
 
 from mxd.bundled import held_out_modules
+from mxd.checkpoint import layer_folder
 from mxd.data.text import open_text
 from mxd.edits import Edit, with_edits
 from mxd.evaluation.faithfulness import Candidate
-from mxd.evaluation.firings import collect_firings
 from mxd.evaluation.opening import OpenedRun, open_run, read_finished_run
 from mxd.evaluation.students import load_students
 from mxd.models import vocabulary_size
-from mxd.steering.experiment import UNIT_QUANTILE
+from mxd.steering.experiment import latent_units
 from mxd.steering.side_effects import Effect, concept_text, side_effects
 
 
@@ -31,12 +29,12 @@ class LayerToEdit(NamedTuple):
     @property
     def folder(self) -> Path:
         """The layer's folder."""
-        return self.run / "layers" / self.candidate.name
+        return layer_folder(self.run, self.candidate.name)
 
     def open(self, text: Sequence[str], tokens: int | None, device: str | None) -> OpenedRun:
         """Load the model and the text, and take the layer where the model is."""
         opened = open_run(self.run, self.description, text, tokens, device)
-        self.candidate.network.to(next(cast("nn.Module", opened.language_model.model).parameters()).device)
+        self.candidate.network.to(opened.language_model.device)
         return opened
 
 
@@ -64,10 +62,8 @@ def units_of(
     Raises:
         ValueError: If one of them fires nowhere, or does not exist.
     """
-    opened, network = place.open(text, tokens, device), with_edits(place.candidate.network, ())
-    model = cast("nn.Module", opened.language_model.model)
-    firings = collect_firings(model, place.candidate.layer, network, opened.text, latents)
-    units = {latent: firings.quantile(latent, UNIT_QUANTILE) for latent in latents}
+    opened = place.open(text, tokens, device)
+    units = latent_units(opened.language_model.module, place.candidate, opened.text, latents)
     silent = [latent for latent, unit in units.items() if unit is None]
     if silent:
         raise ValueError(
@@ -103,7 +99,7 @@ def measure_edits(
     """
     with_edits(place.candidate.network, after)
     opened = place.open(text, tokens, device)
-    model = cast("nn.Module", opened.language_model.model)
+    model = opened.language_model.module
     with_concept = None
     if concept:
         source = open_text(

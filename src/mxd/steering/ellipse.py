@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float
 
 from mxd.atomic import write_bytes_atomically
-from mxd.evaluation.drawing import add_legend, figure, group_name, kind_of, kind_style, png, split_student
+from mxd.evaluation.drawing import add_legend, figure, kind_of, kind_style, png, student_name
 
 if TYPE_CHECKING:
     import matplotlib.axes
@@ -91,11 +91,10 @@ def _draw_panel(axes: "matplotlib.axes.Axes", panel: Panel) -> None:
         points = np.array([point for point in given if all(map(math.isfinite, point))]).reshape(-1, 2)
         if not len(points):
             continue
-        group, k = split_student(student.rpartition("/")[2])
         kind = kind_of(student.rpartition("/")[2])
         style, alpha = kind_style(kind), 1.0 if kind not in kinds else 0.5
         kinds.append(kind)
-        name = group_name(group, kind) + ("" if k is None else f", K = {k}")
+        name = student_name(student)
         axes.plot(*points.T, style.marker, color=style.colour, markersize=3, alpha=0.3 * alpha, markeredgewidth=0)
         axes.plot(*points.mean(0), style.marker, color=style.colour, markersize=8, alpha=alpha, label=name, zorder=4)
         if len(points) > 1:

@@ -14,7 +14,7 @@ from mxd.data.tokenization import Tokenizer, decode_tokens
 from mxd.edits import Ablate, Add, Clamp, Edit, Operation, Scale, Set, Span, with_edits
 from mxd.evaluation.faithfulness import Candidate, EvaluationText, Variant, replacement
 from mxd.evaluation.firings import collect_firings
-from mxd.models import LanguageModel
+from mxd.models import LanguageModel, device_of
 from mxd.steering.sampling import Sampling, prompt_tokens, sample_texts
 from mxd.steering.scores import Reading, Reference, likeness, mean_state, moved, read_texts, reference_logits
 from mxd.steering.steer import steer
@@ -135,6 +135,15 @@ class Unsteered(NamedTuple):
     """The texts."""
 
 
+def latent_units(
+    model: nn.Module, student: Candidate, text: EvaluationText, latents: Sequence[int]
+) -> dict[int, float | None]:
+    """Return the 99th percentile of the values that each latent takes where it fires; None for one that never does."""
+    # As the layer was trained: a latent that an edit has ablated, or set, still has its unit.
+    firings = collect_firings(model, student.layer, with_edits(student.network, ()), text, latents)
+    return {latent: firings.quantile(latent, UNIT_QUANTILE) for latent in latents}
+
+
 class Experiment:
     """Steers latents of one student, one after another, and compares the texts with the unsteered ones.
 
@@ -166,11 +175,11 @@ class Experiment:
                 f"got {beyond[0]}."
             )
         self.student, self.text, self.sampling, self.intervention = student, text, sampling, intervention
-        self._model = cast("nn.Module", language_model.model)
+        self._model = language_model.module
         self._tokenizer: Tokenizer = language_model.tokenizer
-        self._prompt = prompt_tokens(self._tokenizer, sampling.prompt, next(self._model.parameters()).device)
+        self._prompt = prompt_tokens(self._tokenizer, sampling.prompt, device_of(self._model))
         self._centre: Float[Tensor, " d_model"] = mean_state(self._model, text)
-        self._units = self._find_units(latents) if intervention.needs_unit else {}
+        self._units = latent_units(self._model, student, text, latents) if intervention.needs_unit else {}
         self._ids = self._sample(self._replaced)
         self._reading: Reading = read_texts(self._model, self._prompt, self._ids)
         self._reference: Reference = reference_logits(self._model, self._replaced, self._prompt, self._ids)
@@ -225,12 +234,6 @@ class Experiment:
             distinct=distinct_tokens(ids),
             texts=tuple(self._texts(ids)),
         )
-
-    def _find_units(self, latents: Sequence[int]) -> dict[int, float | None]:
-        # As the layer was trained: a latent that an edit has ablated, or set, still has its unit.
-        network = with_edits(self.student.network, ())
-        firings = collect_firings(self._model, self.student.layer, network, self.text, latents)
-        return {latent: firings.quantile(latent, UNIT_QUANTILE) for latent in latents}
 
     def _replaced(self) -> Any:
         return replacement(self._model, {self.student.layer: self.student.network}, self.text)()

@@ -11,7 +11,6 @@ from statistics import fmean, stdev
 from typing import Any, NamedTuple, cast
 
 from mxd.atomic import JSON, canonical_json, write_json_atomically, write_text_atomically
-from mxd.evaluation.drawing import group_name, kind_of, split_student
 from mxd.steering.ellipse import Panel, draw_ellipses
 from mxd.steering.experiment import SteeredRow, Unsteered
 from mxd.steering.judged import Judged
@@ -240,10 +239,3 @@ def _by_student(pairs: Any) -> dict[str, list[tuple[float, float]]]:
     for student, point in pairs:
         points.setdefault(student, []).append(point)
     return points
-
-
-def student_name(student: str) -> str:
-    """Return a student's name for people, as in `MxD, K = 32`."""
-    own = student.rpartition("/")[2]
-    group, k = split_student(own)
-    return group_name(group, kind_of(own)) + ("" if k is None else f", K = {k}")

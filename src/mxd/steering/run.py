@@ -3,9 +3,6 @@
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import cast
-
-from torch import nn
 
 from mxd.atomic import JSON
 from mxd.edits import edits_of
@@ -61,7 +58,7 @@ def steer_run(
     skipped: dict[str, list[int]] = {}
     done, total = 0, len(chosen) * (1 if together else len(latents))
     for student in chosen:
-        student.network.to(next(cast("nn.Module", opened.language_model.model).parameters()).device)
+        student.network.to(opened.language_model.device)
         experiment = Experiment(opened.language_model, student, opened.text, sampling, intervention, latents)
         unsteered[student.name] = experiment.unsteered
         skipped[student.name] = experiment.without_unit(latents)

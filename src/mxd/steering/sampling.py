@@ -4,14 +4,15 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, cast
+from typing import cast
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from mxd.data.tokenization import Tokenizer, bos_token
+from mxd.data.tokenization import Tokenizer, begun_context
+from mxd.models import most_positions
 
 NEUTRAL: Mapping[str, object] = MappingProxyType(
     {
@@ -124,9 +125,7 @@ def prompt_tokens(tokenizer: Tokenizer, prompt: str, device: torch.device) -> In
     Raises:
         ValueError: If that is no token at all.
     """
-    encoded = cast(Any, tokenizer)(prompt, add_special_tokens=False, return_attention_mask=False, verbose=False)
-    first = bos_token(tokenizer)
-    ids = ([] if first is None else [first]) + list(cast("list[int]", encoded["input_ids"]))
+    ids = begun_context(tokenizer, prompt)
     if not ids:
         raise ValueError("A prompt must be at least one token; got an empty text. Give one.")
     return torch.tensor([ids], device=device)
@@ -170,12 +169,6 @@ def _generate(model: nn.Module, prompt: Tensor, sampling: Sampling) -> Tensor:
         use_cache=True,
         **{**NEUTRAL, "temperature": sampling.temperature, "top_p": sampling.top_p, "eos_token_id": None},
     )
-
-
-def most_positions(model: nn.Module) -> int | None:
-    """Return how many tokens a model has positions for; None where its configuration does not say."""
-    longest = getattr(cast(Any, model).config.get_text_config(), "max_position_embeddings", None)
-    return longest if isinstance(longest, int) else None
 
 
 def require_room(model: nn.Module, prompt: int, new_tokens: int) -> None:

@@ -11,6 +11,7 @@ from mxd.data.tokens import content_positions
 from mxd.evaluation.faithfulness import EvaluationText, Variant, tokens_at_once
 from mxd.evaluation.sampling import evenly_spaced
 from mxd.metrics import kl_divergence, next_token_losses
+from mxd.models import device_of
 
 CENTRE_CONTEXTS = 64
 """Held-out contexts whose mean hidden state is taken off every text's."""
@@ -46,7 +47,7 @@ def read_texts(model: nn.Module, prompt: Int[Tensor, "one seq"], texts: Int[Tens
     output = cast(Any, model)(input_ids=whole, output_hidden_states=True, use_cache=False)
     states = cast(Tensor, output.hidden_states[-1])[:, prompt.shape[1] :]
     losses = next_token_losses(cast(Tensor, output.logits)[:, prompt.shape[1] - 1 :], whole[:, prompt.shape[1] - 1 :])
-    return Reading(states.double().mean(1).cpu(), losses.double().mean(1).cpu())
+    return Reading(states.cpu().double().mean(1), losses.cpu().double().mean(1))
 
 
 @torch.no_grad()
@@ -58,10 +59,10 @@ def mean_state(model: nn.Module, text: EvaluationText) -> Float[Tensor, " d_mode
     total, count = torch.zeros((), dtype=torch.float64), 0
     size = max(1, tokens_at_once(model) // text.contexts.shape[1])
     for contexts in text.contexts[evenly_spaced(len(text.contexts), CENTRE_CONTEXTS)].split(min(size, 8)):
-        contexts = contexts.to(next(model.parameters()).device)
+        contexts = contexts.to(device_of(model))
         output = cast(Any, model)(input_ids=contexts, output_hidden_states=True, use_cache=False)
         content = content_positions(contexts, text.special_ids)
-        total = total + cast(Tensor, output.hidden_states[-1])[content].double().sum(0).cpu()
+        total = total + cast(Tensor, output.hidden_states[-1])[content].cpu().double().sum(0)
         count += int(content.sum())
     return total / max(count, 1)
 
@@ -117,7 +118,7 @@ def moved(model: nn.Module, steered: Variant, prompt: Int[Tensor, "one seq"], re
     """Return KL(replaced ‖ steered), in nats a token: how far steering moves the distribution along unsteered texts."""
     with steered():
         logits = _logits(model, reference.tokens, prompt.shape[1])
-    return float(kl_divergence(reference.logits, logits).double().mean())
+    return float(kl_divergence(reference.logits, logits).cpu().double().mean())
 
 
 def _logits(model: nn.Module, tokens: Tensor, prompt_length: int) -> Tensor:

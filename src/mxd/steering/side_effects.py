@@ -14,7 +14,7 @@ from mxd.data.tokenization import Tokenizer, bos_token, encoded_documents
 from mxd.edits import Edit, with_edits
 from mxd.evaluation.faithfulness import Candidate, EvaluationText, replacement, tokens_at_once
 from mxd.metrics import kl_divergence, next_token_losses
-from mxd.models import mlp_pairs
+from mxd.models import device_of, mlp_pairs
 
 FIRING, NEAR, ELSEWHERE, CONCEPT = (
     "tokens on which an edited latent fires",
@@ -67,7 +67,7 @@ def side_effects(
     totals: dict[str, Tensor] = {}
     for part in (text, *([concept] if concept is not None else [])):
         for _, contexts in part.chunks(tokens_at_once(model)):
-            contexts = contexts.to(next(model.parameters()).device)
+            contexts = contexts.to(device_of(model))
             groups = {CONCEPT: torch.ones_like(contexts[:, 1:], dtype=torch.bool)}
             if part is text:
                 groups = _groups(_fires(model, place, latents, contexts, part))

@@ -13,7 +13,7 @@ FEW_LATENTS = 1024
 """Latents where selections are compared: at first, with l1, half of them are active on every token."""
 
 
-def activation(base: TrainConfig) -> TrainConfig:
+def activation(base: TrainConfig, d_model: int) -> TrainConfig:
     """Activations of the dense encoder, each as a plain encoder and as a GLU (of which SiLU's is called Swish-GLU)."""
     return replace(base, kind=("mxd",), activation=("relu", "gelu", "silu"), encoder=("mlp", "glu"))
 
@@ -24,17 +24,17 @@ def rank(base: TrainConfig, d_model: int) -> TrainConfig:
     return replace(base, kind=("mxd", "low-rank"), rank=ranks)
 
 
-def experts(base: TrainConfig) -> TrainConfig:
+def experts(base: TrainConfig, d_model: int) -> TrainConfig:
     """Numbers of experts from 1,024 to 65,536 at fixed K: parameters grow with them."""
     return replace(base, kind=("mxd",), num_latents=tuple(2**power for power in range(10, 17)))
 
 
-def random_k(base: TrainConfig) -> TrainConfig:
+def random_k(base: TrainConfig, d_model: int) -> TrainConfig:
     """Training with K drawn anew each step against a fixed one; `mxd evaluate --k` then measures both at other Ks."""
     return replace(base, kind=("mxd", "transcoder"), k=(16, 32, 64), random_k=(False, True))
 
 
-def selection(base: TrainConfig) -> TrainConfig:
+def selection(base: TrainConfig, d_model: int) -> TrainConfig:
     """The three selections, at few latents; each coefficient of the L1 penalty comes to its own number of active ones.
 
     One seed and fewer tokens: codes with hundreds of active latents are slow.
@@ -51,17 +51,17 @@ def selection(base: TrainConfig) -> TrainConfig:
     )
 
 
-def normalization(base: TrainConfig) -> TrainConfig:
+def normalization(base: TrainConfig, d_model: int) -> TrainConfig:
     """Rows of latents kept at unit length or left free, for the kinds that have the choice."""
     return replace(base, kind=("mxd", "low-rank", "transcoder"), normalize_experts=(True, False))
 
 
-def shared_expert(base: TrainConfig) -> TrainConfig:
+def shared_expert(base: TrainConfig, d_model: int) -> TrainConfig:
     """A mixture of decoders with and without an expert that is active on every token, over Ks."""
     return replace(base, kind=("mxd",), k=(8, 16, 32, 64), shared_expert=(False, True))
 
 
-def sae(base: TrainConfig) -> TrainConfig:
+def sae(base: TrainConfig, d_model: int) -> TrainConfig:
     """A sparse autoencoder of the MLP's output beside two kinds that replace the MLP, over Ks."""
     return replace(base, kind=("mxd", "transcoder", "topk-sae"), k=(8, 16, 32, 64))
 
@@ -71,7 +71,7 @@ def molt(base: TrainConfig, d_model: int) -> TrainConfig:
     return replace(base, kind=("mxd", "transcoder", "molt"), k=(8, 16, 32, 64), rank=(d_model // 4, d_model))
 
 
-def shared(base: TrainConfig) -> TrainConfig:
+def shared(base: TrainConfig, d_model: int) -> TrainConfig:
     """What a shared expert is charged, beside the paper's three kinds at their best: what docs/method.md draws."""
     return replace(
         base,
@@ -86,15 +86,15 @@ def shared(base: TrainConfig) -> TrainConfig:
 
 
 ABLATIONS: Mapping[str, Callable[[TrainConfig, int], TrainConfig]] = {
-    "activation": lambda base, _: activation(base),
+    "activation": activation,
     "rank": rank,
-    "experts": lambda base, _: experts(base),
-    "random-k": lambda base, _: random_k(base),
-    "selection": lambda base, _: selection(base),
-    "normalization": lambda base, _: normalization(base),
-    "shared-expert": lambda base, _: shared_expert(base),
-    "sae": lambda base, _: sae(base),
+    "experts": experts,
+    "random-k": random_k,
+    "selection": selection,
+    "normalization": normalization,
+    "shared-expert": shared_expert,
+    "sae": sae,
     "molt": molt,
-    "shared": lambda base, _: shared(base),
+    "shared": shared,
 }
 """Every ablation by its name: a function of a configuration and of its model's width."""

@@ -12,30 +12,54 @@ import torch
 
 from mxd.atomic import JSON
 from mxd.bundled import held_out_modules
-from mxd.checkpoint import Checkpoint, Provenance, load_checkpoint, save_layer
+from mxd.checkpoint import Checkpoint, Provenance, layer_folder, load_checkpoint, save_layer
 from mxd.data.prefetch import Prefetch
 from mxd.data.text import open_text
 from mxd.data.tokens import open_tokens
 from mxd.edits import edits_of, with_edits
 from mxd.kernels.backends import VARIABLE, chosen_backend, using_backend
-from mxd.models import MlpSite, find_mlp, load_language_model, mlp_weights, vocabulary_size
-from mxd.runs.run import create_run, is_finished, is_run, locked, mark_finished, reopen_run
+from mxd.models import (
+    MlpSite,
+    find_mlp,
+    load_language_model,
+    mlp_weights,
+    most_positions,
+    resolve_device,
+    vocabulary_size,
+)
+from mxd.runs.faults import TrainingFault
+from mxd.runs.run import (
+    SNAPSHOTS,
+    create_run,
+    is_finished,
+    is_run,
+    locked,
+    mark_finished,
+    read_configuration,
+    reopen_run,
+    require_command,
+    require_place,
+)
 from mxd.runs.snapshots import SnapshotError, has_snapshot
 from mxd.training.config import TrainConfig
 from mxd.training.grid import StudentPlan, plan_students
 from mxd.training.normalization import fold_input_normalization_, require_foldable
 from mxd.training.plan import Plan, parameter_dtype
-from mxd.training.resources import Resources, resolve_device, resolve_resources, resolve_threads, usable_cores
+from mxd.training.resources import Resources, resolve_resources, resolve_threads, usable_cores
 from mxd.training.streams import activation_stream, open_cache, start_from_activations
 from mxd.training.student import Student, StudentConfig
-from mxd.training.train import SinkOpener, TrainingFault, train
+from mxd.training.train import SinkOpener, train
 
 logger = logging.getLogger(__name__)
 
 KEPT_ON_RESUME = ("precision", "model_precision", "kernels", "threads")
 """What a resumed run computes with as it began, whatever this machine would choose now."""
-MAY_DIFFER = (*(f"resources.{name}" for name in KEPT_ON_RESUME), "resources.prefetch", "config.cache", "cache")
-"""What run.json says that a run may be resumed with another value of: the activations may have moved, say."""
+MAY_DIFFER = (
+    *(f"resources.{name}" for name in KEPT_ON_RESUME),
+    *("resources.prefetch", "config.cache", "cache", "command"),
+)
+"""What run.json says that a run may be resumed with another value of: the activations may have moved, say, and an
+earlier version wrote no `command`; `require_command` looks at that."""
 
 
 def make_plan(config: TrainConfig, stored: Mapping[str, JSON] | None = None) -> Plan:
@@ -49,13 +73,15 @@ def make_plan(config: TrainConfig, stored: Mapping[str, JSON] | None = None) -> 
         ValueError: If anything asked for does not fit together.
         FileNotFoundError: If the model or a text file is not there.
     """
+    if stored is not None:
+        require_command(stored, "train")
     dtype = "auto" if config.model_dtype == "auto" else cast(torch.dtype, getattr(torch, config.model_dtype))
     device = resolve_device(config.device)
     torch.set_num_threads(resolve_threads(config.threads))
     model_commit, text_commit = (config.revision, None) if stored is None else _stored_commits(stored)
     language_model = load_language_model(config.model, revision=model_commit, dtype=dtype, device=device)
-    model = language_model.model
-    sites = {layer: find_mlp(cast(torch.nn.Module, model), layer, config.module) for layer in config.layer}
+    model = language_model.module
+    sites = {layer: find_mlp(model, layer, config.module) for layer in config.layer}
     students = plan_students(config, sites)
     _check_beginnings(config, students, sites)
     # A run goes on from its snapshots: what it began from need not be there any more.
@@ -115,35 +141,43 @@ def decompose(
         TrainingInterrupted: If a signal stopped the run; a snapshot was written, unless no step was made.
     """
     description = plan.description()
-    if resume and is_run(out):
-        stored = reopen_run(out, description, ignore=MAY_DIFFER)
-        if is_finished(out):
-            return
-        resources = _stored_resources(plan.resources, stored)
-        if plan.cache is not None and resources.model_precision != plan.resources.model_precision:
-            raise ValueError(
-                f"{out} began with a model that multiplies in {resources.model_precision}, and the plan's cache is of "
-                f"one that does in {plan.resources.model_precision}; make the plan with stored, the run's run.json."
-            )
-        plan = replace(plan, resources=resources)
-    else:
-        create_run(out, description)
-    try:
-        with locked(out):
+    require_place(out, resume)
+    # Locked before it is made: of two processes that begin at once, one makes the run and the other is refused.
+    with locked(out):
+        if resume and is_run(out):
+            require_command(read_configuration(out), "train")
+            stored = reopen_run(out, description, ignore=MAY_DIFFER)
+            if is_finished(out):
+                return
+            plan = _continued(plan, out, stored)
+        else:
+            create_run(out, description)
+        try:
             _train_and_save(plan, out, snapshot_every, sinks)
-    except SnapshotError:
-        raise
-    except OSError as error:
-        raise TrainingFault(
-            f"{error}; what {out} holds is intact: remove the cause, then continue with --resume."
-        ) from error
+        except SnapshotError:
+            raise
+        except OSError as error:
+            raise TrainingFault(
+                f"{error}; what {out} holds is intact: remove the cause, then continue with --resume."
+            ) from error
+
+
+def _continued(plan: Plan, out: Path, stored: Mapping[str, JSON]) -> Plan:
+    """Return the plan with what the run computes with."""
+    resources = _stored_resources(plan.resources, stored)
+    if plan.cache is not None and resources.model_precision != plan.resources.model_precision:
+        raise ValueError(
+            f"{out} began with a model that multiplies in {resources.model_precision}, and the plan's cache is of "
+            f"one that does in {plan.resources.model_precision}; make the plan with stored, the run's run.json."
+        )
+    return replace(plan, resources=resources)
 
 
 def _train_and_save(plan: Plan, out: Path, snapshot_every: float, sinks: Sequence[SinkOpener]) -> None:
     torch.set_num_threads(plan.resources.threads)
     stream = activation_stream(plan)
     # A snapshot holds all weights and normalisations: what they began from is neither read nor computed again.
-    begins = not has_snapshot(out / "snapshots")
+    begins = not has_snapshot(out / SNAPSHOTS)
     students = [_student(plan, student, begins=begins) for student in plan.students]
     if begins and (plan.config.normalize_input or plan.config.output_bias == "mean"):
         start_from_activations(plan, students)
@@ -164,19 +198,18 @@ def _train_and_save(plan: Plan, out: Path, snapshot_every: float, sinks: Sequenc
     for student, student_plan in zip(students, plan.students, strict=True):
         if student.normalization is not None:
             fold_input_normalization_(student.network, student.normalization)
-        folder = out / "layers" / str(student.layer) / student.id
-        save_layer(student.network, folder, _provenance(plan, student_plan))
+        save_layer(student.network, layer_folder(out, student_plan.name), _provenance(plan, student_plan))
     mark_finished(out, plan.steps)
 
 
-def require_context(model: Any, context: int) -> None:
+def require_context(model: torch.nn.Module, context: int) -> None:
     """Check that a context fits the model's positions.
 
     Raises:
         ValueError: If it does not.
     """
-    longest = getattr(model.config, "max_position_embeddings", None)
-    if isinstance(longest, int) and context > longest:
+    longest = most_positions(model)
+    if longest is not None and context > longest:
         raise ValueError(f"context must be at most {longest}, the model's number of positions; got {context}.")
 
 
@@ -278,7 +311,7 @@ def _student(plan: Plan, student: StudentPlan, *, begins: bool = True) -> Studen
 
 
 def _initial_layer(run: Path, student: StudentPlan) -> Checkpoint:
-    folder = run / "layers" / str(student.layer) / student.id
+    folder = layer_folder(run, student.name)
     checkpoint = load_checkpoint(folder)
     layer = checkpoint.layer
     if layer.config != student.network:

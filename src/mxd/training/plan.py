@@ -65,12 +65,13 @@ class Plan:
         # Absent where there are none, as in the run.json of older runs.
         sources: dict[str, JSON] = {"sources": dict(self.sources)} if self.sources else {}
         return {
+            "command": "train",
             "config": cast(JSON, asdict(self.config)),
             "resources": cast(JSON, asdict(self.resources)),
             "model": {
                 "id": model.id,
                 "revision": model.revision,
-                "fingerprint": fingerprint(cast(torch.nn.Module, model.model)),
+                "fingerprint": fingerprint(model.module),
             },
             "text": cast(JSON, self.text.identity._asdict()),
             "cache": self._cache_description(),
@@ -96,4 +97,4 @@ def buffer_bytes(config: TrainConfig, sites: Iterable[MlpSite], itemsize: int) -
 
 def parameter_dtype(language_model: LanguageModel) -> torch.dtype:
     """Type of a language model's weights."""
-    return next(cast(torch.nn.Module, language_model.model).parameters()).dtype
+    return next(language_model.module.parameters()).dtype

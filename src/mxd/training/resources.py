@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from mxd.kernels.backends import Backend, backend
-from mxd.models import require_device
+from mxd.models import resolve_device as resolve_device
 from mxd.training.config import TrainConfig
 
 WIDTH_FOR_BFLOAT16 = 256
@@ -77,18 +77,6 @@ def usable_cores() -> int:
     """Return the number of cores that this process may use."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return usable or 1
-
-
-def resolve_device(asked: str) -> str:
-    """Return the device that was asked for; `auto` takes the first accelerator there is.
-
-    Raises:
-        ValueError: If the device is unknown or not there.
-    """
-    if asked == "auto":
-        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    require_device(asked)
-    return asked
 
 
 def multiplies_bfloat16(device: str) -> bool:

@@ -22,8 +22,6 @@ class ModelShape:
     """Activation of its MLPs, by mxd's names."""
     gated: bool
     """Whether its MLPs are GLUs."""
-    vocabulary: int
-    """Rows of its table of embeddings."""
     positions: int
     """Tokens of the longest context."""
     parameters: int

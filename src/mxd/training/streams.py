@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from mxd.atomic import canonical_json
-from mxd.data.activation_cache import PASSES_PER_SHARD, ActivationCache, CacheIdentity, nearest_folder
+from mxd.atomic import canonical_json, nearest_folder
+from mxd.data.activation_cache import PASSES_PER_SHARD, ActivationCache, CacheIdentity
 from mxd.data.activations import ActivationStream, Blocks, Pairs
 from mxd.data.text import TextSource
 from mxd.data.tokenization import tokenizer_digest
@@ -21,12 +21,12 @@ from mxd.data.tokens import TokenStream, special_tokens
 from mxd.metrics import ErrorSums, error_sums
 from mxd.models import LanguageModel, MlpPair, MlpSite, digest, mlp_pairs
 from mxd.quantities import gib
+from mxd.runs.faults import TrainingFault
 from mxd.training.config import TrainConfig
 from mxd.training.normalization import InputNormalization, fold_input_normalization_, fold_into_, input_normalization
 from mxd.training.plan import Plan, parameter_dtype
 from mxd.training.resources import Resources
 from mxd.training.student import Student
-from mxd.training.train import TrainingFault
 
 FORWARD_TOKENS = 4096
 """Tokens of one run of the language model on a CPU."""

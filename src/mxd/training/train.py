@@ -12,8 +12,10 @@ from torch import Tensor
 
 from mxd.atomic import JSON
 from mxd.data.activations import ActivationBatch, ActivationPosition, StreamState
+from mxd.runs.faults import TrainingFault, TrainingInterrupted
 from mxd.runs.metrics_log import MetricsLog, MetricsSink, Mirror
 from mxd.runs.progress import TrainingProgress
+from mxd.runs.run import METRICS_FILE, SNAPSHOTS
 from mxd.runs.signals import Stopped, StopRequest, interruptible
 from mxd.runs.snapshots import SnapshotError, load_newest_snapshot, save_snapshot
 from mxd.training.optimizer import Schedule
@@ -27,14 +29,6 @@ LOG_EVERY = 20
 
 SinkOpener = Callable[[int], MetricsSink]
 """Opens a sink when training begins; it is told the first step that will be logged."""
-
-
-class TrainingFault(RuntimeError):
-    """Training stopped because a number was not finite or something failed; the last good snapshot is intact."""
-
-
-class TrainingInterrupted(RuntimeError):
-    """Training stopped because a signal asked for it; a snapshot holds everything."""
 
 
 @runtime_checkable
@@ -91,7 +85,7 @@ def train(
     first, last_snapshot = loop.done, time.monotonic()
     with ExitStack() as stack:
         stop = stack.enter_context(interruptible())
-        log = stack.enter_context(MetricsLog(run / "metrics.jsonl", first_step=first + 1))
+        log = stack.enter_context(MetricsLog(run / METRICS_FILE, first_step=first + 1))
         mirrors = [stack.enter_context(closing(Mirror(open_sink(first + 1)))) for open_sink in sinks]
         names = [student.name for student in students]
         progress = stack.enter_context(
@@ -135,7 +129,7 @@ class _Loop:
     def __init__(self, students: Sequence[Student], stream: ActivationSource, run: Path, steps: int) -> None:
         self.students = students
         self.stream = stream
-        self.snapshots = run / "snapshots"
+        self.snapshots = run / SNAPSHOTS
         self.steps = steps
         self.done = 0
         """Steps that all students have made."""
