@@ -34,10 +34,10 @@ from mxd.privacy.tuning import InduceConfig
 from mxd.privacy.workflow import PrivacyFiles, read_request
 
 CONFIGS: list[ClassifierConfig] = [
-    LogisticRegressionConfig(d_in=16, classes=3),
-    MlpConfig(d_in=16, classes=3, hidden=(8, 5)),
-    SlimResNetConfig(classes=3, widths=(4, 6), blocks=2),
-    SlimResNetConfig(classes=3, channels=3, widths=(4,), mean=(0.1, 0.2, 0.3), std=(1.0, 1.0, 1.0)),
+    LogisticRegressionConfig(d_in=16, num_classes=3),
+    MlpConfig(d_in=16, num_classes=3, hidden=(8, 5)),
+    SlimResNetConfig(num_classes=3, widths=(4, 6), blocks=2),
+    SlimResNetConfig(num_classes=3, channels=3, widths=(4,), mean=(0.1, 0.2, 0.3), std=(1.0, 1.0, 1.0)),
 ]
 TUNE = InduceConfig(
     objective=ObjectiveConfig(theta=0.5, weight_decay=0.0),
@@ -63,7 +63,7 @@ def test_a_classifier_comes_back_as_it_was_saved(config: ClassifierConfig, tmp_p
 
 
 def test_names_of_classes_are_kept_and_asked_for(tmp_path: Path) -> None:
-    config = LogisticRegressionConfig(d_in=1, classes=3)
+    config = LogisticRegressionConfig(d_in=1, num_classes=3)
     save_classifier(tmp_path / "named", config, config.build(), ("one", "two", "three"))
     save_classifier(tmp_path / "plain", config, config.build())
     first = save_table(tmp_path / "a.csv", {"x": [1.0], "label": ["two"]})
@@ -89,8 +89,10 @@ def test_broken_classifiers_are_refused_in_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"must hold config\.json"):
         load_classifier(folder)
     save_classifier(folder, CONFIGS[0], CONFIGS[0].build())
-    with pytest.raises(ValueError, match="must be those of its configuration; 1 tensors differ"):
-        save_classifier(tmp_path / "other", LogisticRegressionConfig(d_in=15, classes=3), CONFIGS[0].build())
+    with pytest.raises(
+        ValueError, match=r"1 differ in name or shape \(1.weight is \(3, 16\) and should be \(3, 15\)\)"
+    ):
+        save_classifier(tmp_path / "other", LogisticRegressionConfig(d_in=15, num_classes=3), CONFIGS[0].build())
     assert not (tmp_path / "other").exists()
     (folder / "model.safetensors").write_bytes(b"pickle")
     with pytest.raises(ValueError, match="must be a safetensors file"):
@@ -124,16 +126,16 @@ def test_images_in_class_folders_become_pixels_and_classes_are_numbered_alike(tm
         Image.fromarray(grey + shown).save(tmp_path / name / "a.png")
     (tmp_path / "one" / "cat" / "notes.txt").write_text("no image")
     found = read_sets({"protected": tmp_path / "one", "retained": tmp_path / "two"})
-    assert found.classes == ("bee", "cat", "dog")
+    assert found.class_names == ("bee", "cat", "dog")
     assert found.sets["protected"].labels.tolist() == [1, 2]
     assert found.sets["retained"].labels.tolist() == [0, 2]
     inputs = found.sets["protected"].inputs
     assert isinstance(inputs, Tensor)
     torch.testing.assert_close(inputs[0, 0], torch.from_numpy(grey + 1).float() / 255)
-    named = read_sets({"protected": tmp_path / "one"}, classes=("dog", "cat"))
+    named = read_sets({"protected": tmp_path / "one"}, class_names=("dog", "cat"))
     assert named.sets["protected"].labels.tolist() == [1, 0]
     with pytest.raises(ValueError, match=r"among the model's classes \(dog\); got cat"):
-        read_sets({"protected": tmp_path / "one"}, classes=("dog",))
+        read_sets({"protected": tmp_path / "one"}, class_names=("dog",))
     Image.fromarray(numpy.zeros((4, 5, 3), dtype=numpy.uint8)).save(tmp_path / "one" / "dog" / "b.png")
     with pytest.raises(ValueError, match=r"has \(1, 4, 4\) and .*b\.png has \(3, 4, 5\)"):
         read_sets({"protected": tmp_path / "one"})
@@ -184,7 +186,7 @@ def test_tables_of_numbers(ending: str, tmp_path: Path) -> None:
     first = save_table(tmp_path / f"a.{ending}", {"age": [30, 40], "label": ["no", "yes"], "pay": [1.5, 2.5]})
     second = save_table(tmp_path / f"b.{ending}", {"age": [50], "label": ["no"], "pay": [3.5]})
     found = read_sets({"protected": first, "retained": second})
-    assert found.classes == ("no", "yes")
+    assert found.class_names == ("no", "yes")
     inputs = found.sets["protected"].inputs
     assert isinstance(inputs, Tensor)
     assert inputs.tolist() == [[30.0, 1.5], [40.0, 2.5]]
@@ -376,7 +378,7 @@ def test_images_for_a_transformers_model_are_normalised_inside(tmp_path: Path) -
         json.dumps({"image_mean": [0.5, 0.5, 0.5], "image_std": [0.25, 0.25, 0.25]})
     )
     saved = load_model(str(tmp_path / "model"))
-    assert saved.classes == ("cat", "dog")
+    assert saved.class_names == ("cat", "dog")
     x = torch.rand(2, 3, 8, 8)
     expected = model((x - 0.5) / 0.25).logits
     torch.testing.assert_close(saved.model(x).logits, expected)

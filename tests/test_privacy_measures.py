@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from mxd.privacy.attacks import (
     AttackConfig,
-    add_noise,
     attack,
     fgsm,
+    gaussian_attack,
     last_linear,
     pgd,
     probe,
@@ -97,7 +97,7 @@ def test_neighbours_accuracy_is_that_of_the_nearest_test_rows() -> None:
     assert isinstance(near.inputs, Tensor)
     assert found.neighbours is not None
     assert found.neighbours.accuracy == float((model(near.inputs).argmax(-1) == near.labels).double().mean())
-    assert found.to_json()["classes"] == CLASSES
+    assert found.to_json()["num_classes"] == CLASSES
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +118,7 @@ def test_attacks_stay_among_images_and_near_the_input(images: tuple[nn.Sequentia
     attacked = [
         fgsm(model, examples.inputs, config),
         pgd(model, examples.inputs, config),
-        add_noise(examples.inputs, config),
+        gaussian_attack(examples.inputs, config),
     ]
     for one in attacked:
         assert one.min() >= 0
@@ -127,7 +127,7 @@ def test_attacks_stay_among_images_and_near_the_input(images: tuple[nn.Sequentia
     for one in attacked[:2]:
         assert (one - examples.inputs).abs().max() <= 0.05 + 1e-6
     unbounded = AttackConfig(epsilon=0.05, low=None, high=None)
-    assert add_noise(examples.inputs, unbounded).min() < 0
+    assert gaussian_attack(examples.inputs, unbounded).min() < 0
 
 
 def test_gradient_attacks_raise_what_they_are_after(images: tuple[nn.Sequential, Examples]) -> None:
@@ -227,7 +227,7 @@ def test_points_in_a_ball_fill_it_evenly() -> None:
 def test_every_baseline_trains_a_new_model() -> None:
     whole = blobs(60, seed=5)
     protected, retained = whole.take(slice(0, 6)), whole.take(slice(6, 60))
-    config = BaselineConfig(fit=FIT, classes=CLASSES, copies=3)
+    config = BaselineConfig(fit=FIT, num_classes=CLASSES, copies=3)
     built: list[nn.Module] = []
 
     def fresh() -> nn.Module:

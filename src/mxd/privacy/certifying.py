@@ -71,7 +71,7 @@ def linear_weights(model: nn.Module) -> Float[Tensor, "d_in classes"]:
             f"nothing else; got {type(model).__name__} of {len(layers)} parts; use mxd privacy induce, without one."
         )
     linear = layers[1]
-    return torch.cat([linear.weight.detach().T, linear.bias.detach()[None]]).double().cpu()
+    return torch.cat([linear.weight.detach().T, linear.bias.detach()[None]]).cpu().double()
 
 
 def with_weights(model: nn.Module, weights: Float[Tensor, "d_in classes"]) -> nn.Module:
