@@ -101,7 +101,14 @@ def test_evaluate_and_attack_report_in_json_and_in_a_table(mxd_command: Command,
     ended = mxd_command("privacy", "evaluate", *on(folder), "--json")
     found = json.loads(ended.out)
     assert set(found) == {"num_classes", "protected", "retained", "test", "neighbours"}
-    assert "neighbours" in mxd_command("privacy", "evaluate", *on(folder)).out
+    shown = mxd_command("privacy", "evaluate", *on(folder), "--micro-batch", 7, "--device", "cpu")
+    assert "neighbours" in shown.out
+    assert "Computing on cpu." in shown.err
+    assert_refused(
+        mxd_command("privacy", "evaluate", *on(folder), "--micro-batch", 0),
+        "privacy evaluate",
+        "micro-batch must be at least 1; got 0",
+    )
     steps = ("--low", "None", "--high", "None", "--steps", 3, "--relearn-steps", 3)
     attacked = json.loads(mxd_command("privacy", "attack", *on(folder), *steps, "--json").out)
     assert attacked["clean"] == found["protected"]
@@ -207,6 +214,9 @@ def test_a_recipe_gives_the_defaults_and_what_is_given_beside_it_wins(
     assert config["steps"] == 2
     assert config["objective"] == {"theta": 0.75, "weight_decay": 0.05, "uniformity": "kl-p-u"}
     assert (config["lr"], config["min_accuracy"], config["schedule"]) == (1e-3, 0.86, "step")
+    listed = mxd_command("privacy", "induce", "--recipe", "list")
+    assert listed.status == 0
+    assert re.search(r"cifar100-vit-b16 +vit-b-16 +CIFAR-100 +100 +0\.75 +60", listed.out)
 
 
 def test_the_demo_writes_models_a_certificate_and_a_page(

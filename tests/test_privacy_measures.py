@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import asdict
 from itertools import pairwise
 from typing import Any
 
@@ -32,16 +33,18 @@ from mxd.privacy.baselines import (
     retrain,
 )
 from mxd.privacy.classifiers import PixelNormalization
-from mxd.privacy.examples import Examples, Prediction, join
+from mxd.privacy.examples import Examples, Prediction, fitting_batch, join
 from mxd.privacy.fitting import FitConfig, fit_classifier
 from mxd.privacy.measures import (
     calibration_gaps,
     confidence_distances,
     measure_predictions,
     measure_privacy,
+    measure_set,
     nearest_rows,
 )
 from mxd.privacy.pareto_front import FrontPoint, pareto_optimal
+from mxd.privacy.tuning import InduceConfig, Sets, Tuning
 from tests.privacy_examples import CLASSES, blobs, network, trained
 
 FIT = FitConfig(epochs=2, batch=16, lr=0.02)
@@ -71,6 +74,48 @@ def test_measures_are_their_definitions_written_out() -> None:
         inside = [at for at, row in enumerate(p) if low / 15 < max(row) <= (low + 1) / 15]
         gap += abs(sum(right[at] for at in inside) - sum(max(p[at]) for at in inside)) / 40
     assert found.calibration_error == pytest.approx(gap, rel=1e-4)
+
+
+def test_slices_of_a_batch_are_measured_as_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = blobs(40, seed=1)
+    model = trained(whole)
+    expected = asdict(measure_set(model, whole, 25))
+    monkeypatch.setattr("mxd.privacy.measures.PROBABILITIES_AT_ONCE", 4 * CLASSES)
+    assert asdict(measure_set(model, whole, 25)) == pytest.approx(expected, rel=1e-6)
+
+
+class Continuing(nn.Module):
+    """A language model of so many classes that notes how many texts it reads at a time."""
+
+    def __init__(self, vocabulary: int) -> None:
+        super().__init__()
+        self.table = nn.Embedding(vocabulary, vocabulary)
+        self.read: list[int] = []
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        self.read.append(len(input_ids))
+        return self.table(input_ids)
+
+
+def test_fewer_texts_are_read_at_a_time_where_classes_are_a_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = torch.randint(30, (8, 10), generator=torch.Generator().manual_seed(0))
+    texts = Examples(inputs={"input_ids": ids}, labels=ids, labels_of="next-token")
+    model = Continuing(30)
+    expected = measure_set(model, texts, 8)
+    monkeypatch.setattr("mxd.privacy.examples.LOGITS_AT_ONCE", 3 * 10 * 30 + 5)
+    assert fitting_batch(model, texts, 8) == 3
+    assert fitting_batch(model, texts, 2) == 2
+    assert fitting_batch(network(), blobs(8, seed=1), 8) == 8
+    model.read.clear()
+    assert asdict(measure_set(model, texts, 8)) == pytest.approx(asdict(expected), rel=1e-6)
+    assert model.read == [1, 3, 3, 2]
+    model.read.clear()
+    tuning = Tuning(model, Sets(texts, texts, texts), InduceConfig(steps=1, check_every=1, min_accuracy=0.0))
+    tuning.step()
+    assert isinstance(tuning.model, Continuing)
+    assert max(tuning.model.read) == 3
+    monkeypatch.setattr("mxd.privacy.examples.LOGITS_AT_ONCE", 1)
+    assert fitting_batch(model, texts, 8) == 1
 
 
 def test_a_uniform_prediction_is_at_distance_zero_and_a_certain_one_at_most() -> None:

@@ -4,7 +4,7 @@ import functools
 import json
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -12,10 +12,11 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from mxd.atomic import JSON
 from mxd.pretraining.config import ImageConfig, LanguageConfig, PretrainConfig
 from mxd.pretraining.recipes import RECIPES, find_recipe
-from mxd.pretraining.run import MAY_DIFFER, MODEL_FOLDER, PretrainPlan, make_plan, run_plan
-from mxd.runs.run import is_finished, is_run, read_configuration, reopen_run
+from mxd.pretraining.run import MAY_DIFFER, MODEL_FOLDER, PretrainPlan, finished_result, make_plan, run_plan
+from mxd.runs.run import is_run, read_configuration, reopen_run
 from mxd.training.train import TrainingInterrupted
 
 DEFAULT_RECIPE = "stdlib-cp"
@@ -115,6 +116,11 @@ def _pretrain(
     there = out is not None and is_run(out)
     if there and not (resume or dry_run):
         raise ValueError(f"{out} exists; pass --resume to continue it or name another --out.")
+    finished = finished_result(config, out) if out is not None and resume and not dry_run else None
+    if finished is not None:
+        _show_result(finished, as_json)
+        console.print(f"{out} is finished already; nothing was changed.")
+        return
     plan = make_plan(config, stored=read_configuration(out) if out is not None and there and resume else None)
     if out is None or dry_run:
         _show(plan, console)
@@ -122,7 +128,6 @@ def _pretrain(
     if there:
         # Checked again when training begins; here, so that a refusal is one sentence and nothing else.
         reopen_run(out, plan.description(), ignore=MAY_DIFFER)
-    was_finished = there and is_finished(out)
     _show(plan, console)
     try:
         result = run_plan(plan, out, resume=resume, snapshot_every=snapshot_every)
@@ -130,15 +135,15 @@ def _pretrain(
         arguments = sys.argv[1:] if "--resume" in sys.argv else [*sys.argv[1:], "--resume"]
         command = shlex.join(["mxd", *arguments])
         raise TrainingInterrupted(f"stopped by {str(error) or 'SIGINT'}; go on with: {command}") from error
+    _show_result(result, as_json)
+    console.print(f"Wrote the model to {out}/{MODEL_FOLDER}.")
+
+
+def _show_result(result: Mapping[str, JSON], as_json: bool) -> None:
     if as_json:
         print(json.dumps(result, indent=2))
     else:
         print("  ".join(f"{name} {value:.4f}" for name, value in result.items() if isinstance(value, float)))
-    console.print(
-        f"{out} is finished already; nothing was changed."
-        if was_finished
-        else f"Wrote the model to {out}/{MODEL_FOLDER}."
-    )
 
 
 def _show(plan: PretrainPlan, console: Console) -> None:

@@ -25,12 +25,13 @@ from mxd.pretraining.tasks import (
     read_image_folder,
     read_language,
 )
-from mxd.runs.run import create_run, is_finished, is_run, locked, mark_finished, reopen_run
+from mxd.runs.run import create_run, is_finished, is_run, locked, mark_finished, read_configuration, reopen_run
 from mxd.runs.snapshots import SnapshotError
 from mxd.training.resources import multiplies_bfloat16, resolve_device, resolve_threads
 from mxd.training.train import TrainingFault
 
 RESULT_FILE, MODEL_FOLDER = "pretraining.json", "model"
+COMMAND = "pretrain"
 MAY_DIFFER = ("resources.threads", "resources.precision", "config.optimization.threads", "config.images")
 """What run.json says that a run may be resumed with another value of: it goes on with the threads and the precision it
 began with, and images may lie elsewhere if they are the same."""
@@ -65,8 +66,7 @@ class PretrainPlan:
         }
         versions = {"mxd": importlib.metadata.version("mxd"), "torch": torch.__version__}
         return {
-            "command": "pretrain",
-            "config": cast(JSON, json.loads(json_text(cast(JSON, asdict(self.config))))),
+            **_request(self.config),
             "data": cast(JSON, json.loads(json_text(self.data.identity))),
             "resources": resources,
             "parameters": self.parameters,
@@ -89,10 +89,8 @@ def make_plan(config: PretrainConfig, stored: Mapping[str, JSON] | None = None) 
         ValueError: If anything asked for does not fit together.
         FileNotFoundError: If text, images or the tokenizer are not there.
     """
-    if stored is not None and stored.get("command") != "pretrain":
-        raise ValueError(
-            "a run must be one of mxd pretrain to be continued by it; this one is not; name another --out."
-        )
+    if stored is not None:
+        _require_command(stored)
     _require_own_fraction(config)
     device = resolve_device(config.optimization.device)
     threads, precision = resolve_threads(config.optimization.threads), config.optimization.precision
@@ -118,6 +116,35 @@ def make_plan(config: PretrainConfig, stored: Mapping[str, JSON] | None = None) 
         task=task,
         parameters=count_parameters(task.model),
     )
+
+
+def _request(config: PretrainConfig) -> dict[str, JSON]:
+    """Return the part of `run.json` that is known before anything is read."""
+    return {"command": COMMAND, "config": cast(JSON, json.loads(json_text(cast(JSON, asdict(config)))))}
+
+
+def _require_command(stored: Mapping[str, JSON]) -> None:
+    if stored.get("command") != COMMAND:
+        raise ValueError(
+            f"a run must be one of mxd {COMMAND} to be continued by it; this one is not; name another --out."
+        )
+
+
+def finished_result(config: PretrainConfig, out: Path) -> Mapping[str, JSON] | None:
+    """Return what a finished run came to, for which neither data nor model need be there; None if it has not finished.
+
+    Args:
+        config: What is asked for.
+        out: The run's folder.
+
+    Raises:
+        ValueError: If it holds a run of another command or configuration.
+    """
+    if not (is_run(out) and is_finished(out)):
+        return None
+    _require_command(read_configuration(out))
+    reopen_run(out, _request(config), ignore=MAY_DIFFER)
+    return cast("Mapping[str, JSON]", json.loads((out / RESULT_FILE).read_text(encoding="utf-8")))
 
 
 def _require_own_fraction(config: PretrainConfig) -> None:
