@@ -20,7 +20,7 @@ def reserve_workspace() -> None:
 
 @contextmanager
 def deterministic(device: str | torch.device, precision: str = "float32") -> Generator[None, None, None]:
-    """Have equal operations give equal bits on a CUDA device for as long as this is open; elsewhere they do.
+    """Have equal operations give equal bits on a CUDA device for as long as this is open; elsewhere nothing is changed.
 
     Without it gradients of attention and of convolutions are summed in an order that changes from run to run, and cuDNN
     computes convolutions of float32 in TF32. What was set before is restored at the end, but for the size of cuBLAS'
