@@ -121,7 +121,9 @@ def test_fewer_texts_are_read_at_a_time_where_classes_are_a_vocabulary(monkeypat
 def test_a_uniform_prediction_is_at_distance_zero_and_a_certain_one_at_most() -> None:
     distances = confidence_distances(torch.tensor([[1.0, 1.0, 1.0, 1.0], [100.0, 0.0, 0.0, 0.0]]))
     torch.testing.assert_close(distances, torch.tensor([0.0, 0.75]))
-    assert calibration_gaps(torch.zeros(4, 2), torch.tensor([0, 0, 1, 1])).abs().sum() == pytest.approx(0.0)
+    assert calibration_gaps(
+        torch.full((4,), 0.5).double(), torch.tensor([1, 1, 0, 0]).double()
+    ).abs().sum() == pytest.approx(0.0)
 
 
 def test_neighbours_are_the_nearest_rows_however_they_are_cut() -> None:

@@ -79,8 +79,10 @@ def with_weights(model: nn.Module, weights: Float[Tensor, "d_in classes"]) -> nn
     changed = copy.deepcopy(model)
     linear = cast(nn.Linear, list(changed.children())[1])
     with torch.no_grad():
-        linear.weight.copy_(weights[:-1].T)
-        linear.bias.copy_(weights[-1])
+        # Rounded before it goes to a device that may have no float64.
+        rounded = weights.to(linear.weight.dtype)
+        linear.weight.copy_(rounded[:-1].T)
+        linear.bias.copy_(rounded[-1])
     return changed
 
 

@@ -60,24 +60,26 @@ class PrivacyMeasures:
 
 def confidence_distances(logits: Float[Tensor, "counted classes"]) -> Float[Tensor, " counted"]:
     """How far each row's largest probability lies above 1/Y: max(0, max_c p_c − 1/Y) (Ashiq et al., 2025)."""
-    return (logits.softmax(-1).amax(-1) - 1 / logits.shape[-1]).clamp_min(0)
+    return _above_uniform(logits.softmax(-1).amax(-1), logits.shape[-1])
+
+
+def _above_uniform(confidence: Float[Tensor, " counted"], num_classes: int) -> Float[Tensor, " counted"]:
+    return (confidence - 1 / num_classes).clamp_min(0)
 
 
 def calibration_gaps(
-    logits: Float[Tensor, "counted classes"], labels: Int[Tensor, " counted"], bins: int = CALIBRATION_BINS
+    confidence: Float[Tensor, " counted"], right: Float[Tensor, " counted"], bins: int = CALIBRATION_BINS
 ) -> Float[Tensor, " bins"]:
     """For each bin of confidence the number of right labels less their confidences: n_b · (accuracy_b − confidence_b).
 
     Summed over batches, made absolute and divided by the number of labels, it is the expected calibration error (Guo et
     al., 2017). Bins are of equal width in the largest probability, open below and closed above.
+
+    Args:
+        confidence: Largest probability of each row, in float64 on the CPU.
+        right: 1 where the class that has it is the label, else 0.
+        bins: Number of bins.
     """
-    confidence, choice = logits.softmax(-1).max(-1)
-    return _gaps(confidence.cpu().double(), (choice == labels).cpu().double(), bins)
-
-
-def _gaps(
-    confidence: Float[Tensor, " counted"], right: Float[Tensor, " counted"], bins: int = CALIBRATION_BINS
-) -> Float[Tensor, " bins"]:
     place = (confidence * bins).ceil().long().clamp(1, bins) - 1
     return torch.zeros(bins, dtype=torch.float64).index_add_(0, place, right - confidence)
 
@@ -97,7 +99,7 @@ def measure_predictions(parts: Iterable[Prediction]) -> SetMeasures:
     for logits, labels in _slices(parts):
         p = logits.softmax(-1)
         confidence, choice = p.max(-1)
-        rows = [confidence, choice == labels, logits.argmax(-1) == labels, (confidence - 1 / p.shape[-1]).clamp_min(0)]
+        rows = [confidence, choice == labels, logits.argmax(-1) == labels, _above_uniform(confidence, p.shape[-1])]
         rows += [p.gather(1, labels[:, None])[:, 0], p.square().sum(-1)]
         sure, chosen, first, distances, hit, squares = (row.cpu().double() for row in rows)
         count += len(labels)
@@ -107,7 +109,7 @@ def measure_predictions(parts: Iterable[Prediction]) -> SetMeasures:
         entropy += float(functional.cross_entropy(logits, labels, reduction="sum"))
         # Σ_c (p_c − y_c)² = Σ p² − 2 p_label + 1
         brier += float((squares - 2 * hit + 1).sum())
-        gaps += _gaps(sure, chosen)
+        gaps += calibration_gaps(sure, chosen)
     if count == 0:
         raise ValueError("a set to be measured must hold at least one labelled example; it is empty.")
     return SetMeasures(

@@ -154,7 +154,7 @@ class ModelObjective(AutogradObjective):
         parameters = dict(moved.named_parameters())
         with torch.no_grad():
             for name, value in self._unpack(w).items():
-                parameters[name].copy_(value)
+                parameters[name].copy_(value.to(parameters[name].dtype))
         return moved
 
     def _part(self, role: int, batch: Examples, divisor: int | float) -> Part:
