@@ -1,12 +1,16 @@
 """Settings under which CUDA repeats itself: set, restored, and left alone elsewhere."""
 
 import os
+from typing import Any
 
 import pytest
 import torch
-from torch.utils import deterministic as memory
+import torch.utils.deterministic
 
 from mxd.runs.determinism import WORKSPACE, deterministic
+
+# Its settings are properties of the module's own class, which a type checker does not see.
+memory: Any = torch.utils.deterministic
 
 
 def settings() -> tuple[object, ...]:

@@ -282,12 +282,13 @@ def test_contexts_read_ahead_are_the_same_and_so_are_their_positions() -> None:
         return LocalTokens(np.arange(100), context=7, bos=None, seed=1)
 
     plain, ahead = ContextsAhead(stream(), 3, ahead=False), ContextsAhead(stream(), 3, ahead=True)
-    assert plain.position() == ahead.position() == TokenPosition(0, 0)
-    for step in range(12):
+    positions = [ahead.position()]
+    assert positions == [plain.position()] == [TokenPosition(0, 0)]
+    for _ in range(12):
         assert torch.equal(plain.take(), ahead.take())
         assert plain.position() == ahead.position()
-        if step == 4:
-            middle = ahead.position()
+        positions.append(ahead.position())
+    middle = positions[5]
     ahead.restore(middle)
     assert ahead.position() == middle
     expected = stream()

@@ -1,6 +1,7 @@
 """Gradients of means over whole sets, however they are cut, and what to do when two of them disagree."""
 
 import functools
+import operator
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, TypeAlias
@@ -93,7 +94,7 @@ def symmetric_surgery(uniform: Sequence[Tensor], accurate: Sequence[Tensor]) -> 
 def dot(first: Iterable[Tensor], second: Iterable[Tensor]) -> float:
     """The inner product of two lists of tensors, summed in float64."""
     products = [(_in_float64(a) * _in_float64(b)).sum() for a, b in zip(first, second, strict=True)]
-    return float(functools.reduce(torch.add, products)) if products else 0.0
+    return float(functools.reduce(operator.add, products)) if products else 0.0
 
 
 def _in_float64(tensor: Tensor) -> Tensor:

@@ -3,11 +3,15 @@
 import os
 from collections.abc import Generator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+import torch.utils.deterministic
 
 WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 _STRICT = "error"
+# Its settings are properties of the module's own class, which a type checker does not see.
+_MEMORY: Any = torch.utils.deterministic
 
 
 def reserve_workspace() -> None:
@@ -37,16 +41,14 @@ def deterministic(device: str | torch.device, precision: str = "float32") -> Gen
         yield
         return
     reserve_workspace()
-    from torch.utils import deterministic as settings
-
     cudnn = torch.backends.cudnn
-    mode, fill = torch.get_deterministic_debug_mode(), settings.fill_uninitialized_memory
+    mode, fill = torch.get_deterministic_debug_mode(), _MEMORY.fill_uninitialized_memory
     before = cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32
     try:
         # What use_deterministic_algorithms sets, without the compiler that it loads.
         torch.set_deterministic_debug_mode(_STRICT)
         # Memory that is read before it is written would be a fault of PyTorch's own; to fill all of it takes time.
-        settings.fill_uninitialized_memory = False
+        _MEMORY.fill_uninitialized_memory = False
         cudnn.deterministic, cudnn.benchmark = True, False
         cudnn.allow_tf32 = before[2] and precision != "float32"
         yield
@@ -60,5 +62,5 @@ def deterministic(device: str | torch.device, precision: str = "float32") -> Gen
         ) from error
     finally:
         torch.set_deterministic_debug_mode(mode)
-        settings.fill_uninitialized_memory = fill
+        _MEMORY.fill_uninitialized_memory = fill
         cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32 = before
