@@ -103,7 +103,7 @@ def test_evaluate_and_attack_report_in_json_and_in_a_table(mxd_command: Command,
     assert set(found) == {"num_classes", "protected", "retained", "test", "neighbours"}
     shown = mxd_command("privacy", "evaluate", *on(folder), "--micro-batch", 7, "--device", "cpu")
     assert "neighbours" in shown.out
-    assert "Computing on cpu." in shown.err
+    assert "Computed on cpu." in shown.err
     assert_refused(
         mxd_command("privacy", "evaluate", *on(folder), "--micro-batch", 0),
         "privacy evaluate",

@@ -59,11 +59,12 @@ def induce(
         resume: Continue the run in --out; bit for bit what it would have been uninterrupted.
         json_: Print what privacy.json holds.
     """
-    request = _read(files, columns)
+    request = read_request(files, columns)
     try:
         outcome = induce_into(out, request, config, resume=resume, footer=_command())
     except (TrainingInterrupted, KeyboardInterrupt) as error:
         raise _go_on(error) from error
+    _say_where(request)
     if json_:
         print(json.dumps(outcome.to_json(), indent=2))
         return
@@ -95,11 +96,12 @@ def sweep(
         resume: Continue the sweep in --out.
         json_: Print what front.json holds.
     """
-    request = _read(files, columns)
+    request = read_request(files, columns)
     try:
         front = sweep_into(out, request, config, thetas, resume=resume, footer=_command())
     except (TrainingInterrupted, KeyboardInterrupt) as error:
         raise _go_on(error) from error
+    _say_where(request)
     optimal = pareto_optimal(front.points)
     if json_:
         print((out / "front.json").read_text("utf-8"), end="")
@@ -132,8 +134,9 @@ def certify(
         columns: Names of the columns of tables.
         json_: Print what privacy.json holds, the certificate first.
     """
-    request = _read(files, columns)
+    request = read_request(files, columns)
     outcome = certify_into(out, request, config, footer=_command())
+    _say_where(request)
     if json_:
         print(json.dumps(outcome.to_json(), indent=2))
         return
@@ -158,8 +161,9 @@ def evaluate(
     """
     if micro_batch < 1:
         raise ValueError(f"micro-batch must be at least 1; got {micro_batch}.")
-    request = _read(files, columns)
+    request = read_request(files, columns)
     measures = measure_request(request, request.saved.model, micro_batch)
+    _say_where(request)
     if json_:
         print(json.dumps(measures.to_json(), indent=2))
         return
@@ -182,9 +186,10 @@ def attack_model(
         columns: Names of the columns of tables.
         json_: Print the report as JSON.
     """
-    request = _read(files, columns)
+    request = read_request(files, columns)
     public = request.optional("validation") or request.retained
     report = attack(request.saved.model, request.protected, public, config)
+    _say_where(request)
     if json_:
         print(json.dumps(report.to_json(), indent=2))
         return
@@ -244,10 +249,9 @@ def show_privacy_recipes() -> None:
     console.print("Every option given beside --recipe replaces the recipe's value; add --help to see them all.")
 
 
-def _read(files: PrivacyFiles, columns: ColumnNames) -> PrivacyRequest:
-    request = read_request(files, columns)
-    _say(f"Computing on {request.device}.")
-    return request
+def _say_where(request: PrivacyRequest) -> None:
+    # At the end: what is refused is one sentence and nothing else.
+    _say(f"Computed on {request.device}.")
 
 
 def _show_measures(found: Mapping[str, PrivacyMeasures]) -> None:
