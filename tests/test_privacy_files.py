@@ -69,7 +69,7 @@ def test_names_of_classes_are_kept_and_asked_for(tmp_path: Path, monkeypatch: py
     save_classifier(tmp_path / "plain", config, config.build())
     first = save_table(tmp_path / "a.csv", {"x": [1.0], "label": ["two"]})
     second = save_table(tmp_path / "b.csv", {"x": [2.0, 3.0], "label": ["one", "two"]})
-    monkeypatch.setattr("mxd.training.resources.torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     request = read_request(PrivacyFiles(model=str(tmp_path / "named"), protected=first, retained=second))
     assert request.device == "cpu"
     assert request.protected.labels.tolist() == [1]
