@@ -71,4 +71,4 @@ def test_an_operation_that_cannot_be_repeated_is_refused_in_a_sentence() -> None
         x.put_(torch.tensor([0]), torch.tensor([1]))
     assert settings() == before
     with pytest.raises(RuntimeError, match="shapes cannot"), deterministic("cuda"):
-        torch.zeros(2, 3) @ torch.zeros(2, 3)
+        torch.mm(torch.zeros(2, 3), torch.zeros(2, 3))

@@ -3,7 +3,7 @@
 import json
 import os
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -127,7 +127,7 @@ def test_steps_are_repeatable_on_the_device_in_the_precision(
     asked: list[object] = []
 
     @contextmanager
-    def noted(device: str, precision: str) -> Iterator[None]:
+    def noted(device: str, precision: str) -> Generator[None, None, None]:
         asked.append((device, precision))
         yield
         asked.append("closed")

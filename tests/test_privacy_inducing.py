@@ -4,7 +4,7 @@ import copy
 import json
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -231,7 +231,7 @@ def test_steps_are_repeatable_on_the_models_device(
     asked: list[object] = []
 
     @contextmanager
-    def noted(device: object) -> Iterator[None]:
+    def noted(device: object) -> Generator[None, None, None]:
         asked.append((device, "opened"))
         yield
         asked.append((device, "closed"))

@@ -228,7 +228,7 @@ def _read_config(path: Path) -> tuple[ClassifierConfig, tuple[str, ...]]:
         content = json.loads(path.read_text("utf-8"))
         config = _CONFIGS[content["architecture"]]
         settings: dict[str, Any] = {
-            EARLIER_NAMES.get(name, name): tuple(value) if isinstance(value, list) else value
+            EARLIER_NAMES.get(str(name), str(name)): tuple(value) if isinstance(value, list) else value
             for name, value in content["settings"].items()
         }
         return config(**settings), tuple(str(name) for name in content.get("class_names", []))
