@@ -47,8 +47,8 @@ from mxd.privacy.tuning import InduceConfig
 
 MODELS: dict[str, ClassifierConfig] = {
     "slim-resnet": SlimResNetConfig(),
-    "mlp": MlpConfig(d_in=784, classes=10),
-    "logistic-regression": LogisticRegressionConfig(d_in=784, classes=10),
+    "mlp": MlpConfig(d_in=784, num_classes=10),
+    "logistic-regression": LogisticRegressionConfig(d_in=784, num_classes=10),
 }
 PROTECTED, VALIDATION, MEASURED = 100, 2000, 5000
 BASELINES = ("retrained", "random-labels", "gaussian-uniform", "label-dp")
@@ -169,7 +169,7 @@ def sweep(work: Path, config: ClassifierConfig, data: Data, steps: int) -> dict[
 
 
 def baselines(work: Path, config: ClassifierConfig, data: Data, names: Sequence[str]) -> dict[str, Any]:
-    settings = BaselineConfig(fit=FIT, classes=10)
+    settings = BaselineConfig(fit=FIT, num_classes=10)
     build = fresh(config, 0)
     makers: dict[str, Callable[[], nn.Module]] = {
         "retrained": lambda: retrain(build, data.retained, settings),

@@ -8,7 +8,7 @@ import shlex
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -132,6 +132,14 @@ def test_the_first_example_of_these_pages_runs(page: str, tmp_path: Path, monkey
     names: dict[str, object] = {"x": torch.randn(10, 1024)}
     exec(compile(first.lines, page, "exec"), names)
     assert len(names) > 2
+
+
+def test_the_example_of_the_baselines_runs() -> None:
+    example = next(example for example in PYTHON if "privacy.baselines" in example.lines)
+    names: dict[str, Any] = {}
+    exec(compile(example.lines, example.page, "exec"), names)
+    assert list(names["measures"]) == ["retrained", "random labels", "noisy and clean", "label privacy"]
+    assert all(0 <= found.protected.confidence_distance < 0.9 for found in names["measures"].values())
 
 
 @pytest.fixture

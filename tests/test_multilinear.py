@@ -30,6 +30,7 @@ from mxd.multilinear import (
     TRMixtureConfig,
     entmax15,
 )
+from mxd.multilinear.entmax import find_threshold
 from mxd.multilinear.gate import require_one_of
 from tests.tensors import assert_near
 
@@ -118,6 +119,14 @@ def test_a_mixture_is_the_sum_of_its_experts_values_and_gradients(name: str) -> 
         assert_near(gradient, wanted, 1e-10)
 
 
+def largest_rank(config: CPExpertsConfig | TRExpertsConfig) -> int:
+    """Return the largest rank that an expert's matrix can have, as docs/multilinear.md gives it."""
+    if isinstance(config, CPExpertsConfig):
+        return min(config.d_in, config.d_out, config.rank)
+    # The input core reaches the output through two links of the ring.
+    return min(config.d_in, config.d_out, config.ranks[-2] * min(config.ranks[:-2]))
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_an_experts_matrix_is_its_slice_and_its_rank_is_bounded(name: str) -> None:
     config = CONFIGS[name]
@@ -130,7 +139,7 @@ def test_an_experts_matrix_is_its_slice_and_its_rank_is_bounded(name: str) -> No
         weight, bias = experts.expert(*indices)
         assert_near(weight, tensor[indices][: config.d_in])
         assert_near(bias, tensor[indices][config.d_in] if config.bias else torch.zeros_like(bias))
-        assert int(torch.linalg.matrix_rank(weight)) == config.most_rank
+        assert int(torch.linalg.matrix_rank(weight)) == largest_rank(config)
 
 
 @pytest.mark.parametrize(
@@ -145,32 +154,32 @@ def test_the_bound_of_the_rank_is_met(config: CPExpertsConfig | TRExpertsConfig,
     experts = config.build()
     randomised(experts)
     weight = experts.expert(*(0 for _ in config.num_experts)).weight
-    assert int(torch.linalg.matrix_rank(weight)) == config.most_rank == bound
+    assert int(torch.linalg.matrix_rank(weight)) == largest_rank(config) == bound
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_parameters_and_multiply_adds_are_as_counted(name: str) -> None:
+def test_parameters_and_operations_are_as_counted(name: str) -> None:
     config = CONFIGS[name]
     layer = mixture(config)
     assert sum(parameter.numel() for parameter in layer.parameters()) == config.num_parameters
-    assert matrix_products(layer) == config.multiply_adds
+    assert matrix_products(layer) == config.flops_per_token
 
 
 @pytest.mark.parametrize("name", BLOCKS)
-def test_a_blocks_parameters_and_multiply_adds_are_as_counted(name: str) -> None:
+def test_a_blocks_parameters_and_operations_are_as_counted(name: str) -> None:
     config = BLOCKS[name]
     block = randomised(MultilinearMLP(config))
     assert sum(parameter.numel() for parameter in block.parameters()) == config.num_parameters
-    assert matrix_products(block) == config.multiply_adds
+    assert matrix_products(block) == config.flops_per_token
 
 
 def matrix_products(module: nn.Module) -> int:
-    """Return the multiply-adds that PyTorch counts in the matrix products of one input's forward pass."""
+    """Return the operations that PyTorch counts in the matrix products of one input's forward pass."""
     from torch.utils.flop_counter import FlopCounterMode
 
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         module(inputs(1))
-    return counter.get_total_flops() // 2
+    return counter.get_total_flops()
 
 
 class LargestTensor(TorchDispatchMode):
@@ -248,6 +257,35 @@ def test_entmax_is_the_packages_and_its_equation_holds(width: int, scale: float,
         thresholds = (given_scores / 2 - row.sqrt())[row > 0]
         assert_near(thresholds, thresholds[:1].expand_as(thresholds), 1e-9 * max(1.0, scale))
         assert (given_scores[row == 0] / 2 <= thresholds[0] + 1e-9 * max(1.0, scale)).all()
+
+
+def hard_scores() -> dict[str, Tensor]:
+    """Scores that take Newton's method many rounds."""
+    generator = torch.Generator().manual_seed(0)
+    scores = {"equal": torch.zeros(1, 65_536), "apart": 1e4 * torch.randn(40, 300, generator=generator)}
+    scores["just above"] = torch.cat([torch.zeros(1, 1), torch.full((1, 4095), -2 + 1e-3)], -1)
+    # Ever fewer scores, ever higher above where the rounds begin: each round is slowed down by the next of them.
+    ladder = [torch.full((4**step,), -2 + 2 ** (2.0 - step)) for step in range(8, 1, -1)]
+    scores["ladder"] = torch.cat([torch.zeros(1), *ladder])[None]
+    return scores
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", hard_scores())
+def test_a_fixed_number_of_rounds_finds_the_same_threshold(name: str, dtype: torch.dtype) -> None:
+    halves = hard_scores()[name].to(dtype) / 2
+    halves = halves - halves.amax(-1, keepdim=True)
+    asked, fixed = (find_threshold(halves, ask=ask) for ask in (True, False))
+    torch.testing.assert_close(fixed, asked, rtol=0, atol=8 * torch.finfo(dtype).eps)
+    assert_near((halves - fixed).clamp_min(0).square().sum(-1).double(), torch.ones(len(halves)).double(), 1e-4)
+
+
+def test_a_fixed_number_of_rounds_reads_nothing() -> None:
+    # Nothing can be read of this device.
+    halves = torch.zeros(2, 3, device="meta")
+    assert find_threshold(halves, ask=False).shape == (2, 1)
+    with pytest.raises(RuntimeError, match="meta"):
+        find_threshold(halves, ask=True)
 
 
 def test_entmax_has_the_packages_gradient_and_that_of_finite_differences() -> None:

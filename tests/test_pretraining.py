@@ -3,7 +3,8 @@
 import json
 import os
 import signal
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from mxd.data.tokens import LocalTokens, TokenPosition
 from mxd.pretraining import loop
+from mxd.pretraining.ahead import ContextsAhead
 from mxd.pretraining.artifact import load_model
 from mxd.pretraining.config import ImageConfig, LanguageConfig, Optimization
 from mxd.pretraining.images import ImageOrder, LabelledImages, read_images, standardization_of
@@ -108,8 +111,41 @@ def test_an_interrupted_run_goes_on_bit_for_bit(
     ended = run(*words("parts", "--resume"))
     assert (ended.status, "finished already" in ended.err) == (0, True)
     assert tree(tmp_path / "parts") == before
+    with monkeypatch.context() as patch:
+        # What is finished needs neither data nor model.
+        patch.setattr("mxd.pretraining.run.read_language", None)
+        patch.setattr("mxd.pretraining.run.read_image_folder", None)
+        again = run(*words("parts", "--resume", "--json"))
+        assert (again.status, json.loads(again.out)) == (0, result)
+        assert tree(tmp_path / "parts") == before
     assert_refused(run(*words("parts")), "pretrain", "exists; pass --resume")
     assert_refused(run(*words("parts", "--resume", "--lr", "0.5")), "pretrain", "config.optimization.lr (")
+
+
+def test_steps_are_repeatable_on_the_device_in_the_precision(
+    text: Path, gpt2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[object] = []
+
+    @contextmanager
+    def noted(device: str, precision: str) -> Generator[None, None, None]:
+        asked.append((device, precision))
+        yield
+        asked.append("closed")
+
+    backward = loop._backward
+
+    def seen(*arguments: object) -> Tensor:
+        asked.append("step")
+        return backward(*arguments)  # pyright: ignore[reportArgumentType]
+
+    monkeypatch.setattr(loop, "deterministic", noted)
+    monkeypatch.setattr(loop, "_backward", seen)
+    plan = make_plan(replace(language_config(text, gpt2), tokens=64))
+    loop.pretrain(
+        plan.task, plan.config.optimization, tmp_path, name="x", device="cpu", precision="float32", eval_every=1
+    )
+    assert asked == [("cpu", "float32"), "step", "closed"]
 
 
 def test_a_killed_run_goes_on_from_its_newest_snapshot(
@@ -240,6 +276,42 @@ def test_an_epoch_shows_every_image_once_and_positions_are_restored() -> None:
     again.restore(position)
     assert all(torch.equal(again.take(), batch) for batch in later)
     assert not torch.equal(torch.cat(later[:4]), first)
+
+
+def test_contexts_read_ahead_are_the_same_and_so_are_their_positions() -> None:
+    def stream() -> LocalTokens:
+        return LocalTokens(np.arange(100), context=7, bos=None, seed=1)
+
+    plain, ahead = ContextsAhead(stream(), 3, ahead=False), ContextsAhead(stream(), 3, ahead=True)
+    positions = [ahead.position()]
+    assert positions == [plain.position()] == [TokenPosition(0, 0)]
+    for _ in range(12):
+        assert torch.equal(plain.take(), ahead.take())
+        assert plain.position() == ahead.position()
+        positions.append(ahead.position())
+    middle = positions[5]
+    ahead.restore(middle)
+    assert ahead.position() == middle
+    expected = stream()
+    expected.restore(middle)
+    assert torch.equal(ahead.take(), expected.take(3))
+
+
+def test_what_goes_wrong_ahead_is_raised_when_it_is_asked_for() -> None:
+    class Breaking(LocalTokens):
+        left = 2
+
+        def take(self, count: int) -> Tensor:
+            self.left -= 1
+            if self.left < 0:
+                raise OSError("the hub is gone")
+            return super().take(count)
+
+    ahead = ContextsAhead(Breaking(np.arange(100), context=7, bos=None, seed=1), 3, ahead=True)
+    for _ in range(2):
+        ahead.take()
+    with pytest.raises(OSError, match="the hub is gone"):
+        ahead.take()
 
 
 def test_weights_decay_where_they_are_matrices(text: Path, gpt2: Path) -> None:

@@ -37,8 +37,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("privacy")
     whole = blobs(80, seed=1)
     for name, config in (
-        ("logistic", LogisticRegressionConfig(d_in=4, classes=CLASSES)),
-        ("mlp", MlpConfig(d_in=4, classes=CLASSES, hidden=(16,))),
+        ("logistic", LogisticRegressionConfig(d_in=4, num_classes=CLASSES)),
+        ("mlp", MlpConfig(d_in=4, num_classes=CLASSES, hidden=(16,))),
     ):
         model = config.build()
         fit_classifier(model, whole, FitConfig(epochs=5, batch=16, lr=0.02))
@@ -100,8 +100,15 @@ def test_sweep_draws_the_front(mxd_command: Command, folder: Path, tmp_path: Pat
 def test_evaluate_and_attack_report_in_json_and_in_a_table(mxd_command: Command, folder: Path) -> None:
     ended = mxd_command("privacy", "evaluate", *on(folder), "--json")
     found = json.loads(ended.out)
-    assert set(found) == {"classes", "protected", "retained", "test", "neighbours"}
-    assert "neighbours" in mxd_command("privacy", "evaluate", *on(folder)).out
+    assert set(found) == {"num_classes", "protected", "retained", "test", "neighbours"}
+    shown = mxd_command("privacy", "evaluate", *on(folder), "--micro-batch", 7, "--device", "cpu")
+    assert "neighbours" in shown.out
+    assert "Computed on cpu." in shown.err
+    assert_refused(
+        mxd_command("privacy", "evaluate", *on(folder), "--micro-batch", 0),
+        "privacy evaluate",
+        "micro-batch must be at least 1; got 0",
+    )
     steps = ("--low", "None", "--high", "None", "--steps", 3, "--relearn-steps", 3)
     attacked = json.loads(mxd_command("privacy", "attack", *on(folder), *steps, "--json").out)
     assert attacked["clean"] == found["protected"]
@@ -129,7 +136,7 @@ def test_certify_writes_a_model_with_a_certificate_that_holds(
         )
     seeded = mxd_command("privacy", "certify", *on(folder, "logistic"), "--out", tmp_path / "no", "--noise-seed", 1)
     assert_refused(seeded, "privacy certify", "the noise is seeded")
-    assert load_classifier(out / "model").config == LogisticRegressionConfig(d_in=4, classes=CLASSES)
+    assert load_classifier(out / "model").config == LogisticRegressionConfig(d_in=4, num_classes=CLASSES)
     assert "What the certificate rests on" in (out / "report.html").read_text()
     assert_refused(
         mxd_command("privacy", "certify", *on(folder, "logistic"), "--out", out), "privacy certify", "a new or an empty"
@@ -207,6 +214,9 @@ def test_a_recipe_gives_the_defaults_and_what_is_given_beside_it_wins(
     assert config["steps"] == 2
     assert config["objective"] == {"theta": 0.75, "weight_decay": 0.05, "uniformity": "kl-p-u"}
     assert (config["lr"], config["min_accuracy"], config["schedule"]) == (1e-3, 0.86, "step")
+    listed = mxd_command("privacy", "induce", "--recipe", "list")
+    assert listed.status == 0
+    assert re.search(r"cifar100-vit-b16 +vit-b-16 +CIFAR-100 +100 +0\.75 +60", listed.out)
 
 
 def test_the_demo_writes_models_a_certificate_and_a_page(
@@ -260,7 +270,7 @@ def test_what_instances_and_classes_say_is_escaped_on_the_page(tmp_path: Path) -
         Reader(),
         Reader(),
         protected,
-        classes=("<script>alert(1)</script>", "b\x1b[31m", "c"),
+        class_names=("<script>alert(1)</script>", "b\x1b[31m", "c"),
         texts=("<img src=x onerror=alert(2)>\x00", "y" * 1000),
     )
     measures = measure_privacy(Reader(), protected=protected, retained=protected)

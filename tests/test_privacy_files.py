@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from pyarrow import csv, parquet
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mxd.models.loading import load_tokenizer
@@ -34,10 +35,10 @@ from mxd.privacy.tuning import InduceConfig
 from mxd.privacy.workflow import PrivacyFiles, read_request
 
 CONFIGS: list[ClassifierConfig] = [
-    LogisticRegressionConfig(d_in=16, classes=3),
-    MlpConfig(d_in=16, classes=3, hidden=(8, 5)),
-    SlimResNetConfig(classes=3, widths=(4, 6), blocks=2),
-    SlimResNetConfig(classes=3, channels=3, widths=(4,), mean=(0.1, 0.2, 0.3), std=(1.0, 1.0, 1.0)),
+    LogisticRegressionConfig(d_in=16, num_classes=3),
+    MlpConfig(d_in=16, num_classes=3, hidden=(8, 5)),
+    SlimResNetConfig(num_classes=3, widths=(4, 6), blocks=2),
+    SlimResNetConfig(num_classes=3, channels=3, widths=(4,), mean=(0.1, 0.2, 0.3), std=(1.0, 1.0, 1.0)),
 ]
 TUNE = InduceConfig(
     objective=ObjectiveConfig(theta=0.5, weight_decay=0.0),
@@ -62,13 +63,15 @@ def test_a_classifier_comes_back_as_it_was_saved(config: ClassifierConfig, tmp_p
     assert loaded.model(x).shape == (2, 3)
 
 
-def test_names_of_classes_are_kept_and_asked_for(tmp_path: Path) -> None:
-    config = LogisticRegressionConfig(d_in=1, classes=3)
+def test_names_of_classes_are_kept_and_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = LogisticRegressionConfig(d_in=1, num_classes=3)
     save_classifier(tmp_path / "named", config, config.build(), ("one", "two", "three"))
     save_classifier(tmp_path / "plain", config, config.build())
     first = save_table(tmp_path / "a.csv", {"x": [1.0], "label": ["two"]})
     second = save_table(tmp_path / "b.csv", {"x": [2.0, 3.0], "label": ["one", "two"]})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     request = read_request(PrivacyFiles(model=str(tmp_path / "named"), protected=first, retained=second))
+    assert request.device == "cpu"
     assert request.protected.labels.tolist() == [1]
     request.saved.write(tmp_path / "again", request.saved.model)
     assert load_classifier(tmp_path / "again").class_names == ("one", "two", "three")
@@ -76,6 +79,34 @@ def test_names_of_classes_are_kept_and_asked_for(tmp_path: Path) -> None:
         read_request(PrivacyFiles(model=str(tmp_path / "plain"), protected=first, retained=second))
     with pytest.raises(ValueError, match="retained and test sets must have no row in common; 2 test rows are also"):
         read_request(PrivacyFiles(model=str(tmp_path / "named"), protected=first, retained=second, test=second))
+
+
+def test_a_classifier_that_cannot_be_written_leaves_the_old_one_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_classifier(tmp_path, CONFIGS[0], CONFIGS[0].build())
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    write, written = Path.write_bytes, [0]
+
+    def full(path: Path, content: bytes) -> int:
+        written[0] += 1
+        if written[0] == 2:
+            raise OSError(28, "No space left on device")
+        return write(path, content)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space"):
+        save_classifier(tmp_path, CONFIGS[1], CONFIGS[1].build())
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_classifier_that_was_written_before_settings_were_renamed_is_read(tmp_path: Path) -> None:
+    save_classifier(tmp_path, CONFIGS[2], CONFIGS[2].build())
+    path = tmp_path / "config.json"
+    content = json.loads(path.read_text())
+    content["settings"]["classes"] = content["settings"].pop("num_classes")
+    path.write_text(json.dumps(content))
+    assert load_classifier(tmp_path).config == CONFIGS[2]
 
 
 def test_the_slim_network_has_about_a_fifth_of_a_million_weights_in_standard_blocks() -> None:
@@ -89,9 +120,15 @@ def test_broken_classifiers_are_refused_in_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"must hold config\.json"):
         load_classifier(folder)
     save_classifier(folder, CONFIGS[0], CONFIGS[0].build())
-    with pytest.raises(ValueError, match="must be those of its configuration; 1 tensors differ"):
-        save_classifier(tmp_path / "other", LogisticRegressionConfig(d_in=15, classes=3), CONFIGS[0].build())
+    with pytest.raises(
+        ValueError, match=r"1 differ in name or shape \(1.weight is \(3, 16\) and should be \(3, 15\)\)"
+    ):
+        save_classifier(tmp_path / "other", LogisticRegressionConfig(d_in=15, num_classes=3), CONFIGS[0].build())
     assert not (tmp_path / "other").exists()
+    weights = load_file(folder / "model.safetensors")
+    save_file({**weights, "1.bias": torch.tensor([0.0, float("nan"), 0.0])}, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"must hold finite weights; 1\.bias has not"):
+        load_classifier(folder)
     (folder / "model.safetensors").write_bytes(b"pickle")
     with pytest.raises(ValueError, match="must be a safetensors file"):
         load_classifier(folder)
@@ -124,16 +161,16 @@ def test_images_in_class_folders_become_pixels_and_classes_are_numbered_alike(tm
         Image.fromarray(grey + shown).save(tmp_path / name / "a.png")
     (tmp_path / "one" / "cat" / "notes.txt").write_text("no image")
     found = read_sets({"protected": tmp_path / "one", "retained": tmp_path / "two"})
-    assert found.classes == ("bee", "cat", "dog")
+    assert found.class_names == ("bee", "cat", "dog")
     assert found.sets["protected"].labels.tolist() == [1, 2]
     assert found.sets["retained"].labels.tolist() == [0, 2]
     inputs = found.sets["protected"].inputs
     assert isinstance(inputs, Tensor)
     torch.testing.assert_close(inputs[0, 0], torch.from_numpy(grey + 1).float() / 255)
-    named = read_sets({"protected": tmp_path / "one"}, classes=("dog", "cat"))
+    named = read_sets({"protected": tmp_path / "one"}, class_names=("dog", "cat"))
     assert named.sets["protected"].labels.tolist() == [1, 0]
     with pytest.raises(ValueError, match=r"among the model's classes \(dog\); got cat"):
-        read_sets({"protected": tmp_path / "one"}, classes=("dog",))
+        read_sets({"protected": tmp_path / "one"}, class_names=("dog",))
     Image.fromarray(numpy.zeros((4, 5, 3), dtype=numpy.uint8)).save(tmp_path / "one" / "dog" / "b.png")
     with pytest.raises(ValueError, match=r"has \(1, 4, 4\) and .*b\.png has \(3, 4, 5\)"):
         read_sets({"protected": tmp_path / "one"})
@@ -184,7 +221,7 @@ def test_tables_of_numbers(ending: str, tmp_path: Path) -> None:
     first = save_table(tmp_path / f"a.{ending}", {"age": [30, 40], "label": ["no", "yes"], "pay": [1.5, 2.5]})
     second = save_table(tmp_path / f"b.{ending}", {"age": [50], "label": ["no"], "pay": [3.5]})
     found = read_sets({"protected": first, "retained": second})
-    assert found.classes == ("no", "yes")
+    assert found.class_names == ("no", "yes")
     inputs = found.sets["protected"].inputs
     assert isinstance(inputs, Tensor)
     assert inputs.tolist() == [[30.0, 1.5], [40.0, 2.5]]
@@ -376,7 +413,7 @@ def test_images_for_a_transformers_model_are_normalised_inside(tmp_path: Path) -
         json.dumps({"image_mean": [0.5, 0.5, 0.5], "image_std": [0.25, 0.25, 0.25]})
     )
     saved = load_model(str(tmp_path / "model"))
-    assert saved.classes == ("cat", "dog")
+    assert saved.class_names == ("cat", "dog")
     x = torch.rand(2, 3, 8, 8)
     expected = model((x - 0.5) / 0.25).logits
     torch.testing.assert_close(saved.model(x).logits, expected)

@@ -4,6 +4,8 @@ import copy
 import json
 import math
 import sys
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -208,6 +210,45 @@ def test_a_resumed_run_ends_with_the_same_weights_bit_for_bit(
     assert again.chosen == whole.chosen
 
 
+def test_a_run_that_was_begun_before_commands_were_named_goes_on_and_no_other_does(
+    sets: tuple[Examples, Examples], model: nn.Sequential, tmp_path: Path
+) -> None:
+    config = replace(CONFIG, steps=2, check_every=2, min_accuracy=0.0)
+    found = induce_uncertainty(model, *sets, config, run=tmp_path)
+    stored = json.loads((tmp_path / "run.json").read_text())
+    assert stored.pop("command") == "induce"
+    (tmp_path / "finished.json").unlink()
+    (tmp_path / "run.json").write_text(json.dumps(stored))
+    with pytest.raises(ValueError, match="must be a run of mxd privacy induce to be continued"):
+        induce_uncertainty(model, *sets, config, run=tmp_path, resume=True)
+    (tmp_path / "run.json").write_text(json.dumps({"task": "induce uncertainty", **stored}))
+    assert induce_uncertainty(model, *sets, config, run=tmp_path, resume=True).checks == found.checks
+
+
+def test_steps_are_repeatable_on_the_models_device(
+    sets: tuple[Examples, Examples], model: nn.Sequential, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[object] = []
+
+    @contextmanager
+    def noted(device: object) -> Generator[None, None, None]:
+        asked.append((device, "opened"))
+        yield
+        asked.append((device, "closed"))
+
+    plain = Tuning.step
+
+    def step(tuning: Tuning) -> dict[str, float]:
+        asked.append("step")
+        return plain(tuning)
+
+    monkeypatch.setattr("mxd.privacy.inducing.deterministic", noted)
+    monkeypatch.setattr(Tuning, "step", step)
+    induce_uncertainty(model, *sets, replace(CONFIG, steps=1, min_accuracy=0.0))
+    cpu = torch.device("cpu")
+    assert asked == [(cpu, "opened"), "step", (cpu, "closed")]
+
+
 def test_a_pass_takes_every_example_once_in_nearly_equal_parts() -> None:
     order = Order(10, seed=3)
     first = [order.rows(step, 4) for step in range(3)]
@@ -293,8 +334,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(sets: tuple[Examples, Examples]
         ({"steps": 0}, "steps must be at least 1; got 0"),
         ({"lr": 0.0}, "lr must be a number above 0; got 0.0"),
         ({"momentum": 1.0}, r"momentum must lie in \[0, 1\); got 1.0"),
-        ({"validation_fraction": 1.0}, "validation_fraction must lie between 0 and 1"),
-        ({"min_accuracy": 87.0}, r"min_accuracy must lie in \[0, 1\]; got 87.0"),
+        ({"validation_fraction": 1.0}, "validation-fraction must lie between 0 and 1"),
+        ({"min_accuracy": 87.0}, r"min-accuracy must lie in \[0, 1\]; got 87.0"),
     ],
 )
 def test_wrong_settings_are_refused(wrong: dict[str, Any], words: str) -> None:

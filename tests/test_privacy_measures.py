@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import asdict
 from itertools import pairwise
 from typing import Any
 
@@ -14,9 +15,9 @@ from torch import Tensor, nn
 
 from mxd.privacy.attacks import (
     AttackConfig,
-    add_noise,
     attack,
     fgsm,
+    gaussian_attack,
     last_linear,
     pgd,
     probe,
@@ -32,16 +33,18 @@ from mxd.privacy.baselines import (
     retrain,
 )
 from mxd.privacy.classifiers import PixelNormalization
-from mxd.privacy.examples import Examples, Prediction, join
+from mxd.privacy.examples import Examples, Prediction, fitting_batch, join
 from mxd.privacy.fitting import FitConfig, fit_classifier
 from mxd.privacy.measures import (
     calibration_gaps,
     confidence_distances,
     measure_predictions,
     measure_privacy,
+    measure_set,
     nearest_rows,
 )
 from mxd.privacy.pareto_front import FrontPoint, pareto_optimal
+from mxd.privacy.tuning import InduceConfig, Sets, Tuning
 from tests.privacy_examples import CLASSES, blobs, network, trained
 
 FIT = FitConfig(epochs=2, batch=16, lr=0.02)
@@ -73,10 +76,54 @@ def test_measures_are_their_definitions_written_out() -> None:
     assert found.calibration_error == pytest.approx(gap, rel=1e-4)
 
 
+def test_slices_of_a_batch_are_measured_as_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = blobs(40, seed=1)
+    model = trained(whole)
+    expected = asdict(measure_set(model, whole, 25))
+    monkeypatch.setattr("mxd.privacy.measures.PROBABILITIES_AT_ONCE", 4 * CLASSES)
+    assert asdict(measure_set(model, whole, 25)) == pytest.approx(expected, rel=1e-6)
+
+
+class Continuing(nn.Module):
+    """A language model of so many classes that notes how many texts it reads at a time."""
+
+    def __init__(self, vocabulary: int) -> None:
+        super().__init__()
+        self.table = nn.Embedding(vocabulary, vocabulary)
+        self.read: list[int] = []
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        self.read.append(len(input_ids))
+        return self.table(input_ids)
+
+
+def test_fewer_texts_are_read_at_a_time_where_classes_are_a_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = torch.randint(30, (8, 10), generator=torch.Generator().manual_seed(0))
+    texts = Examples(inputs={"input_ids": ids}, labels=ids, labels_of="next-token")
+    model = Continuing(30)
+    expected = measure_set(model, texts, 8)
+    monkeypatch.setattr("mxd.privacy.examples.LOGITS_AT_ONCE", 3 * 10 * 30 + 5)
+    assert fitting_batch(model, texts, 8) == 3
+    assert fitting_batch(model, texts, 2) == 2
+    assert fitting_batch(network(), blobs(8, seed=1), 8) == 8
+    model.read.clear()
+    assert asdict(measure_set(model, texts, 8)) == pytest.approx(asdict(expected), rel=1e-6)
+    assert model.read == [1, 3, 3, 2]
+    model.read.clear()
+    tuning = Tuning(model, Sets(texts, texts, texts), InduceConfig(steps=1, check_every=1, min_accuracy=0.0))
+    tuning.step()
+    assert isinstance(tuning.model, Continuing)
+    assert max(tuning.model.read) == 3
+    monkeypatch.setattr("mxd.privacy.examples.LOGITS_AT_ONCE", 1)
+    assert fitting_batch(model, texts, 8) == 1
+
+
 def test_a_uniform_prediction_is_at_distance_zero_and_a_certain_one_at_most() -> None:
     distances = confidence_distances(torch.tensor([[1.0, 1.0, 1.0, 1.0], [100.0, 0.0, 0.0, 0.0]]))
     torch.testing.assert_close(distances, torch.tensor([0.0, 0.75]))
-    assert calibration_gaps(torch.zeros(4, 2), torch.tensor([0, 0, 1, 1])).abs().sum() == pytest.approx(0.0)
+    assert calibration_gaps(
+        torch.full((4,), 0.5).double(), torch.tensor([1, 1, 0, 0]).double()
+    ).abs().sum() == pytest.approx(0.0)
 
 
 def test_neighbours_are_the_nearest_rows_however_they_are_cut() -> None:
@@ -97,7 +144,7 @@ def test_neighbours_accuracy_is_that_of_the_nearest_test_rows() -> None:
     assert isinstance(near.inputs, Tensor)
     assert found.neighbours is not None
     assert found.neighbours.accuracy == float((model(near.inputs).argmax(-1) == near.labels).double().mean())
-    assert found.to_json()["classes"] == CLASSES
+    assert found.to_json()["num_classes"] == CLASSES
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +165,7 @@ def test_attacks_stay_among_images_and_near_the_input(images: tuple[nn.Sequentia
     attacked = [
         fgsm(model, examples.inputs, config),
         pgd(model, examples.inputs, config),
-        add_noise(examples.inputs, config),
+        gaussian_attack(examples.inputs, config),
     ]
     for one in attacked:
         assert one.min() >= 0
@@ -127,7 +174,7 @@ def test_attacks_stay_among_images_and_near_the_input(images: tuple[nn.Sequentia
     for one in attacked[:2]:
         assert (one - examples.inputs).abs().max() <= 0.05 + 1e-6
     unbounded = AttackConfig(epsilon=0.05, low=None, high=None)
-    assert add_noise(examples.inputs, unbounded).min() < 0
+    assert gaussian_attack(examples.inputs, unbounded).min() < 0
 
 
 def test_gradient_attacks_raise_what_they_are_after(images: tuple[nn.Sequential, Examples]) -> None:
@@ -227,7 +274,7 @@ def test_points_in_a_ball_fill_it_evenly() -> None:
 def test_every_baseline_trains_a_new_model() -> None:
     whole = blobs(60, seed=5)
     protected, retained = whole.take(slice(0, 6)), whole.take(slice(6, 60))
-    config = BaselineConfig(fit=FIT, classes=CLASSES, copies=3)
+    config = BaselineConfig(fit=FIT, num_classes=CLASSES, copies=3)
     built: list[nn.Module] = []
 
     def fresh() -> nn.Module:

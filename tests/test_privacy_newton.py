@@ -192,3 +192,13 @@ def test_a_saddle_of_a_network_is_refused() -> None:
     torch.nn.init.zeros_(model[2].weight)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="positive definite"):
         newton_step_model(model, protected, retained, CertifyConfig(weight_decay=1e-6, warm_up=0))
+
+
+def test_batches_go_to_the_models_device() -> None:
+    protected, retained = sets()
+    # Where nothing is computed, tensors of two devices are refused as on an accelerator.
+    model = nn.Linear(4, 3).to("meta")
+    objective = ModelObjective(model, protected, retained, CertifyConfig(), batch_size=4)
+    assert objective.start.device.type == "meta"
+    assert objective.gradient(objective.start).device.type == "meta"
+    assert objective.hessian_at(objective.start)(objective.start).device.type == "meta"

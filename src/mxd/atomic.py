@@ -52,6 +52,26 @@ def write_bytes_atomically(path: Path, content: bytes) -> None:
     sync_folder(path.parent)
 
 
+def write_together(files: Mapping[Path, bytes]) -> None:
+    """Write files such that a failure (disk full, no permission) leaves all the old ones; readers see no half file.
+
+    Raises:
+        OSError: If one cannot be written.
+    """
+    try:
+        for path, content in files.items():
+            partial = partial_path(path)
+            partial.write_bytes(content)
+            sync_file(partial)
+        for path in files:
+            partial_path(path).replace(path)
+    finally:
+        for path in files:
+            partial_path(path).unlink(missing_ok=True)
+    for folder in {path.parent for path in files}:
+        sync_folder(folder)
+
+
 def write_text_atomically(path: Path, text: str) -> None:
     """Write a UTF-8 text file as `write_bytes_atomically` does."""
     write_bytes_atomically(path, text.encode("utf-8"))

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-from mxd.atomic import file_sha256, json_text, partial_path, sync_file, sync_folder, write_json_atomically
+from mxd.atomic import file_sha256, json_text, sync_folder, write_json_atomically, write_together
 from mxd.edits import Edit, edits_of, with_edits
 from mxd.layers import SparseLayer, require_kind
 
@@ -106,7 +106,7 @@ def save_layer(layer: SparseLayer, folder: str | Path, provenance: Provenance | 
     edits = edits_of(layer)
     if edits:
         files[folder / EDITS_FILE] = json_text(_edits_content(edits, str(config["weights_sha256"]))).encode()
-    _write_together(files)
+    write_together(files)
     if not edits:
         (folder / EDITS_FILE).unlink(missing_ok=True)
 
@@ -218,22 +218,6 @@ def _read_edits(path: Path, weights_sha256: str) -> list[tuple[Edit, ...]]:
         )
     following = iter(edits)
     return [tuple(islice(following, size)) for size in cast("list[int]", sizes)]
-
-
-def _write_together(files: Mapping[Path, bytes]) -> None:
-    """Write files such that a failure (disk full, no permission) leaves all the old ones; readers see no half file."""
-    try:
-        for path, content in files.items():
-            partial = partial_path(path)
-            partial.write_bytes(content)
-            sync_file(partial)
-        for path in files:
-            partial_path(path).replace(path)
-    finally:
-        for path in files:
-            partial_path(path).unlink(missing_ok=True)
-    for folder in {path.parent for path in files}:
-        sync_folder(folder)
 
 
 def load_layer(path: str | Path) -> SparseLayer:

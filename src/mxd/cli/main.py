@@ -90,8 +90,12 @@ def _run(given: list[str]) -> None:
 def _run_privacy(given: list[str], recipe: str | None) -> None:
     # Loaded here alone: it needs scikit-learn, which no other command should wait for.
     from mxd.cli.numbers import COUNTS
-    from mxd.cli.privacy import privacy_commands
+    from mxd.cli.privacy import privacy_commands, show_privacy_recipes
+    from mxd.cli.train import LIST
 
+    if recipe == LIST:
+        show_privacy_recipes()
+        return
     tyro.extras.subcommand_cli_from_dict(
         privacy_commands(recipe),
         prog="mxd privacy",

@@ -1,7 +1,7 @@
 """`mxd pretrain`: a model with multilinear MLPs, from scratch."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -9,12 +9,13 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from mxd.atomic import JSON
 from mxd.cli.output import go_on_with_resume, notes, print_json
 from mxd.pretraining.config import ImageConfig, LanguageConfig, PretrainConfig
 from mxd.pretraining.recipes import RECIPES, find_recipe
-from mxd.pretraining.run import MAY_DIFFER, MODEL_FOLDER, PretrainPlan, make_plan, run_plan
+from mxd.pretraining.run import MAY_DIFFER, MODEL_FOLDER, PretrainPlan, finished_result, make_plan, run_plan
 from mxd.runs.faults import TrainingInterrupted
-from mxd.runs.run import is_finished, is_run, read_configuration, reopen_run, require_place
+from mxd.runs.run import is_run, read_configuration, reopen_run, require_place
 
 DEFAULT_RECIPE = "stdlib-cp"
 
@@ -112,6 +113,11 @@ def _pretrain(
     there = out is not None and is_run(out)
     if out is not None and not dry_run:
         require_place(out, resume)
+    finished = finished_result(config, out) if out is not None and resume and not dry_run else None
+    if finished is not None:
+        _show_result(finished, as_json)
+        console.print(f"{out} is finished already; nothing was changed.")
+        return
     plan = make_plan(config, stored=read_configuration(out) if out is not None and there and resume else None)
     if out is None or dry_run:
         _show(plan, console)
@@ -119,21 +125,20 @@ def _pretrain(
     if there:
         # Checked again when training begins; here, so that a refusal is one sentence and nothing else.
         reopen_run(out, plan.description(), ignore=MAY_DIFFER)
-    was_finished = there and is_finished(out)
     _show(plan, console)
     try:
         result = run_plan(plan, out, resume=resume, snapshot_every=snapshot_every)
     except (TrainingInterrupted, KeyboardInterrupt) as error:
         raise go_on_with_resume(error) from error
+    _show_result(result, as_json)
+    console.print(f"Wrote the model to {out}/{MODEL_FOLDER}.")
+
+
+def _show_result(result: Mapping[str, JSON], as_json: bool) -> None:
     if as_json:
         print_json(result)
     else:
         print("  ".join(f"{name} {value:.4f}" for name, value in result.items() if isinstance(value, float)))
-    console.print(
-        f"{out} is finished already; nothing was changed."
-        if was_finished
-        else f"Wrote the model to {out}/{MODEL_FOLDER}."
-    )
 
 
 def _show(plan: PretrainPlan, console: Console) -> None:

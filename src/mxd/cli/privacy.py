@@ -19,9 +19,17 @@ from mxd.privacy.data_files import ColumnNames
 from mxd.privacy.demo import privacy_demo
 from mxd.privacy.measures import PrivacyMeasures, SetMeasures
 from mxd.privacy.pareto_front import pareto_optimal
-from mxd.privacy.recipes import find_privacy_recipe
+from mxd.privacy.recipes import PRIVACY_RECIPES, find_privacy_recipe
 from mxd.privacy.tuning import InduceConfig
-from mxd.privacy.workflow import PrivacyFiles, induce_into, measure_request, read_request, sweep_into
+from mxd.privacy.workflow import (
+    MEASURED_AT_ONCE,
+    PrivacyFiles,
+    PrivacyRequest,
+    induce_into,
+    measure_request,
+    read_request,
+    sweep_into,
+)
 from mxd.runs.faults import TrainingInterrupted
 
 Flat = tyro.conf.arg(name="")
@@ -46,7 +54,8 @@ def induce(
         out: Folder of the run.
         config: How.
         columns: Names of the columns of tables.
-        recipe: Take the settings of a paper's run, such as cifar10-resnet50; what is given beside it replaces its own.
+        recipe: Take the settings of a paper's run, such as cifar10-resnet50 (`list` shows them); what is given beside
+            it replaces its own.
         resume: Continue the run in --out; bit for bit what it would have been uninterrupted.
         json_: Print what privacy.json holds.
     """
@@ -55,6 +64,7 @@ def induce(
         outcome = induce_into(out, request, config, resume=resume, footer=_command())
     except (TrainingInterrupted, KeyboardInterrupt) as error:
         raise go_on_with_resume(error) from error
+    _say_where(request)
     if json_:
         print_json(outcome.to_json())
         return
@@ -82,7 +92,7 @@ def sweep(
         thetas: Weights of uniformity, each strictly between 0 and 1; --theta itself is not used.
         config: How.
         columns: Names of the columns of tables.
-        recipe: Take the settings of a paper's run.
+        recipe: Take the settings of a paper's run; `list` shows them.
         resume: Continue the sweep in --out.
         json_: Print what front.json holds.
     """
@@ -91,6 +101,7 @@ def sweep(
         front = sweep_into(out, request, config, thetas, resume=resume, footer=_command())
     except (TrainingInterrupted, KeyboardInterrupt) as error:
         raise go_on_with_resume(error) from error
+    _say_where(request)
     optimal = pareto_optimal(front.points)
     if json_:
         print((out / "front.json").read_text("utf-8"), end="")
@@ -125,6 +136,7 @@ def certify(
     """
     request = read_request(files, columns)
     outcome = certify_into(out, request, config, footer=_command())
+    _say_where(request)
     if json_:
         print_json(outcome.to_json())
         return
@@ -136,6 +148,7 @@ def certify(
 def evaluate(
     files: Annotated[PrivacyFiles, Flat],
     columns: ColumnNames = COLUMNS,
+    micro_batch: int = MEASURED_AT_ONCE,
     json_: Annotated[bool, tyro.conf.arg(name="json")] = False,
 ) -> None:
     """Measure what a saved model gives away on protected examples, and what it is worth on the others.
@@ -143,10 +156,14 @@ def evaluate(
     Args:
         files: The model and its examples.
         columns: Names of the columns of tables.
+        micro_batch: Examples in memory at a time, fewer where classes are a whole vocabulary.
         json_: Print the measures as JSON.
     """
+    if micro_batch < 1:
+        raise ValueError(f"micro-batch must be at least 1; got {micro_batch}.")
     request = read_request(files, columns)
-    measures = measure_request(request, request.saved.model)
+    measures = measure_request(request, request.saved.model, micro_batch)
+    _say_where(request)
     if json_:
         print_json(measures.to_json())
         return
@@ -172,6 +189,7 @@ def attack_model(
     request = read_request(files, columns)
     public = request.optional("validation") or request.retained
     report = attack(request.saved.model, request.protected, public, config)
+    _say_where(request)
     if json_:
         print_json(report.to_json())
         return
@@ -215,6 +233,25 @@ def privacy_commands(recipe: str | None) -> dict[str, Callable[..., None]]:
         config = find_privacy_recipe(recipe).config
         commands |= {name: functools.partial(commands[name], config=config) for name in ("induce", "sweep")}
     return commands
+
+
+def show_privacy_recipes() -> None:
+    """Print a table of all recipes."""
+    table = Table(box=None, pad_edge=False)
+    for heading in ("recipe", "model", "data", "protected", "theta", "steps"):
+        table.add_column(heading, no_wrap=True)
+    for name, recipe in PRIVACY_RECIPES.items():
+        config = recipe.config
+        sizes = (f"{recipe.protected:,}", f"{config.objective.theta:g}", f"{config.steps:,}")
+        table.add_row(name, recipe.architecture, recipe.dataset, *sizes)
+    console = Console(markup=False, highlight=False)
+    console.print(table)
+    console.print("Every option given beside --recipe replaces the recipe's value; add --help to see them all.")
+
+
+def _say_where(request: PrivacyRequest) -> None:
+    # At the end: what is refused is one sentence and nothing else.
+    _say(f"Computed on {request.device}.")
 
 
 def _show_measures(found: Mapping[str, PrivacyMeasures]) -> None:

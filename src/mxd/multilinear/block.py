@@ -51,9 +51,9 @@ class MultilinearMLPConfig:
         return factors + self.d_in * sum(self.num_experts) + 2 * self.d_in * self.normalize_input
 
     @property
-    def multiply_adds(self) -> int:
-        """Multiply-adds for one input; norms, activation, elementwise products and biases are left out."""
-        return sum(layer.factor_multiply_adds for layer in self.layers) + self.d_in * sum(self.num_experts)
+    def flops_per_token(self) -> int:
+        """Operations for one input; norms, activation, elementwise products and biases are left out."""
+        return sum(layer.factor_flops for layer in self.layers) + 2 * self.d_in * sum(self.num_experts)
 
     def __post_init__(self) -> None:
         require_one_of("kind", self.kind, get_args(ExpertsKind))

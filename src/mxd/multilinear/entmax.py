@@ -11,6 +11,15 @@ MOST_ROUNDS = 60
 """Newton takes 6 to 10 rounds; the bound ends it where a score is NaN."""
 
 
+def enough_rounds(n: int) -> int:
+    """Return how many of Newton's rounds suffice for any n scores, in float64 too.
+
+    Far from the root a round halves the distance, and the root of n equal scores is √n times as near as where the
+    rounds begin; the last few rounds double the digits. The hardest of many random scores took 6 + log₂(n)/2.
+    """
+    return 10 + n.bit_length() // 2
+
+
 def entmax15(scores: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
     r"""Return $p_i = [s_i/2 - \tau]_+^2$ of each row, with $\tau$ such that $\sum_i p_i = 1$ (Peters et al., 2019).
 
@@ -31,15 +40,8 @@ class _Entmax15(torch.autograd.Function):
     def forward(ctx: Any, scores: Tensor) -> Tensor:
         halves = scores / 2
         halves = halves - halves.amax(-1, keepdim=True)
-        threshold = torch.full_like(halves[..., :1], -1.0)
-        tolerance = 2 * torch.finfo(halves.dtype).eps
-        for _ in range(MOST_ROUNDS):
-            above = (halves - threshold).clamp_min_(0)
-            excess = torch.linalg.vecdot(above, above)[..., None] - 1
-            step = excess / (2 * above.sum(-1, keepdim=True))
-            threshold = threshold + step
-            if bool((step <= tolerance).all()):
-                break
+        # Whether a round was the last is read on a CPU alone: any other device would wait for each answer.
+        threshold = find_threshold(halves, ask=scores.device.type == "cpu")
         roots = (halves - threshold).clamp_min_(0)
         ctx.save_for_backward(roots)
         return roots.square()
@@ -52,3 +54,22 @@ class _Entmax15(torch.autograd.Function):
         (roots,) = ctx.saved_tensors
         along = gradients[0] * roots
         return along - roots * (along.sum(-1, keepdim=True) / roots.sum(-1, keepdim=True))
+
+
+def find_threshold(halves: Float[Tensor, "*batch n"], *, ask: bool) -> Float[Tensor, "*batch 1"]:
+    """Return τ of each row by Newton's method.
+
+    Args:
+        halves: Halves of the scores, less the row's largest.
+        ask: Whether to look after each round if it was the last, in place of `enough_rounds`.
+    """
+    threshold = torch.full_like(halves[..., :1], -1.0)
+    tolerance = 2 * torch.finfo(halves.dtype).eps
+    for _ in range(MOST_ROUNDS if ask else enough_rounds(halves.shape[-1])):
+        above = (halves - threshold).clamp_min_(0)
+        excess = torch.linalg.vecdot(above, above)[..., None] - 1
+        step = excess / (2 * above.sum(-1, keepdim=True))
+        threshold = threshold + step
+        if ask and bool((step <= tolerance).all()):
+            break
+    return threshold

@@ -41,14 +41,9 @@ class CPExpertsConfig:
         return self.rank * (sum(self.num_experts) + self.d_in + self.bias + self.d_out)
 
     @property
-    def factor_multiply_adds(self) -> int:
-        """Multiply-adds of the factors for one input, elementwise products and biases left out: R (ΣN + I + O)."""
-        return self.rank * (sum(self.num_experts) + self.d_in + self.d_out)
-
-    @property
-    def most_rank(self) -> int:
-        """The largest rank that an expert's matrix can have."""
-        return min(self.d_in, self.d_out, self.rank)
+    def factor_flops(self) -> int:
+        """Operations of the factors for one input, elementwise products and biases left out: 2 R (ΣN + I + O)."""
+        return 2 * self.rank * (sum(self.num_experts) + self.d_in + self.d_out)
 
     def __post_init__(self) -> None:
         require_experts(self.num_experts)
@@ -81,19 +76,14 @@ class TRExpertsConfig:
         return self._experts() + self.ranks[-3] * (self.d_in + self.bias) * self.ranks[-2] + self._output()
 
     @property
-    def factor_multiply_adds(self) -> int:
-        """Multiply-adds of the cores for one input, biases left out.
+    def factor_flops(self) -> int:
+        """Operations of the cores for one input, a multiplication with its addition counted as two, biases left out.
 
         Beside a product with each core there are those of the links of the ring: R1 R2 R3 for one level.
         """
         first = self.ranks[0]
         joined = sum(first * left * right for left, right in zip(self.ranks[1:-2], self.ranks[2:-1], strict=True))
-        return self._experts() + self.ranks[-3] * self.d_in * self.ranks[-2] + joined + self._output()
-
-    @property
-    def most_rank(self) -> int:
-        """The largest rank that an expert's matrix can have: the input core reaches the output through two links."""
-        return min(self.d_in, self.d_out, self.ranks[-2] * min(self.ranks[:-2]))
+        return 2 * (self._experts() + self.ranks[-3] * self.d_in * self.ranks[-2] + joined + self._output())
 
     def _experts(self) -> int:
         return sum(

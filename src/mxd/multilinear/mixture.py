@@ -1,6 +1,5 @@
 """Multilinear mixtures of experts that stand where a linear layer stood."""
 
-from abc import ABC
 from dataclasses import dataclass
 
 from jaxtyping import Float
@@ -30,9 +29,9 @@ class CPMixtureConfig(CPExpertsConfig):
         return self.factor_parameters + self.d_in * sum(self.num_experts)
 
     @property
-    def multiply_adds(self) -> int:
-        """Multiply-adds for one input, of factors and gate; elementwise products and biases are left out."""
-        return self.factor_multiply_adds + self.d_in * sum(self.num_experts)
+    def flops_per_token(self) -> int:
+        """Operations for one input, of factors and gate; elementwise products and biases are left out."""
+        return self.factor_flops + 2 * self.d_in * sum(self.num_experts)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,16 +49,24 @@ class TRMixtureConfig(TRExpertsConfig):
         return self.factor_parameters + self.d_in * sum(self.num_experts)
 
     @property
-    def multiply_adds(self) -> int:
-        """Multiply-adds for one input, of cores and gate; biases are left out."""
-        return self.factor_multiply_adds + self.d_in * sum(self.num_experts)
+    def flops_per_token(self) -> int:
+        """Operations for one input, of cores and gate; biases are left out."""
+        return self.factor_flops + 2 * self.d_in * sum(self.num_experts)
 
 
-class Mixture(nn.Module, ABC):
-    r"""A layer $y = \sum_n a_n W_n^\top [x, 1]$ whose coefficients a gate makes of x itself."""
+class Mixture(nn.Module):
+    r"""A layer $y = \sum_n a_n W_n^\top [x, 1]$ whose coefficients a gate makes of x itself.
 
-    gate: ExpertGate
-    experts: FactorisedExperts
+    Args:
+        config: Shape and gate; it says which of the two factorisations the experts are in.
+        generator: Draws the weights.
+    """
+
+    def __init__(self, config: CPMixtureConfig | TRMixtureConfig, generator: Generator | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.gate = ExpertGate(config.d_in, config.num_experts, gate=config.gate, normalization=config.normalization)
+        self.experts: FactorisedExperts = config.build(generator)
 
     def forward(
         self, x: Float[Tensor, "*batch d_in"], coefficients: Coefficients | None = None
@@ -80,17 +87,11 @@ class CPMixture(Mixture):
     """A mixture of experts in a CP decomposition; see `CPExperts` and `ExpertGate`."""
 
     def __init__(self, config: CPMixtureConfig, generator: Generator | None = None) -> None:
-        super().__init__()
-        self.config = config
-        self.gate = ExpertGate(config.d_in, config.num_experts, gate=config.gate, normalization=config.normalization)
-        self.experts = config.build(generator)
+        super().__init__(config, generator)
 
 
 class TRMixture(Mixture):
     """A mixture of experts in a tensor ring; see `TRExperts` and `ExpertGate`."""
 
     def __init__(self, config: TRMixtureConfig, generator: Generator | None = None) -> None:
-        super().__init__()
-        self.config = config
-        self.gate = ExpertGate(config.d_in, config.num_experts, gate=config.gate, normalization=config.normalization)
-        self.experts = config.build(generator)
+        super().__init__(config, generator)

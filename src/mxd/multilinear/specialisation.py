@@ -85,10 +85,11 @@ def counterfactual_specialisation(
     """
 
     def judged(rows: Tensor, given: Tensor, truth: Tensor) -> Tensor:
-        logits = predict(rows, given)
+        # Not every device has float64.
+        logits, truth = predict(rows, given).cpu(), truth.cpu()
         right = logits.argmax(-1).eq(truth).to(torch.float64)
         certain = logits.double().softmax(-1).gather(-1, truth[:, None])[:, 0]
-        return torch.stack([right, certain], dim=-1).cpu()
+        return torch.stack([right, certain], dim=-1)
 
     parts = zip(x.split(ROWS_AT_ONCE), coefficients.split(ROWS_AT_ONCE), labels.split(ROWS_AT_ONCE), strict=True)
     before = torch.cat([judged(*part) for part in parts])

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor, nn
 
-from mxd.atomic import JSON, write_bytes_atomically, write_json_atomically
+from mxd.atomic import JSON, json_text, write_together
 from mxd.multilinear import MultilinearMLP, MultilinearMLPConfig
 from mxd.pretraining.mixer import MixerConfig, MlpMixer, mixer_config
+from mxd.tensor_files import read_tensors, require_described
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 FORMAT, FORMAT_VERSION = "mxd-multilinear", 1
@@ -49,7 +49,6 @@ def save_model(model: nn.Module, folder: str | Path) -> None:
     }
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_bytes_atomically(folder / WEIGHTS_FILE, save(_distinct(model)))
     content: Mapping[str, JSON] = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -58,7 +57,8 @@ def save_model(model: nn.Module, folder: str | Path) -> None:
         "blocks": blocks,
     }
     # Through JSON and back: a configuration of transformers may hold types that only its own encoder knows.
-    write_json_atomically(folder / CONFIG_FILE, json.loads(json.dumps(content, default=str)))
+    text = json_text(json.loads(json.dumps(content, default=str)))
+    write_together({folder / WEIGHTS_FILE: save(_distinct(model)), folder / CONFIG_FILE: text.encode()})
 
 
 def load_model(folder: str | Path) -> nn.Module:
@@ -73,26 +73,13 @@ def load_model(folder: str | Path) -> nn.Module:
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} must hold a model's {CONFIG_FILE} and {WEIGHTS_FILE}; it has no {name}.")
     config = _read_config(folder / CONFIG_FILE)
-    try:
-        tensors = load((folder / WEIGHTS_FILE).read_bytes())
-    except SafetensorError as error:
-        raise ValueError(f"{folder / WEIGHTS_FILE} must be a safetensors file; it does not parse ({error}).") from error
+    tensors = read_tensors(folder / WEIGHTS_FILE)
     with torch.random.fork_rng(devices=[]):
         model = _described_model(folder / CONFIG_FILE, config)
     model.to(next((tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()), torch.float32))
     own = model.state_dict()
-    expected = _distinct(model)
-    wrong = sorted(expected.keys() ^ tensors.keys()) or sorted(
-        name for name in expected if expected[name].shape != tensors[name].shape
-    )
-    if wrong:
-        raise ValueError(
-            f"{folder / WEIGHTS_FILE} must hold the tensors that {CONFIG_FILE} describes; {', '.join(wrong[:5])} "
-            "differ in name or shape. Restore both files from the same source."
-        )
+    require_described(folder / WEIGHTS_FILE, _distinct(model), tensors)
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise ValueError(f"{folder / WEIGHTS_FILE} must hold finite weights; {name} has not. Train it anew.")
         own[name].copy_(tensor)
     return model.eval()
 

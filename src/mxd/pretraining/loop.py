@@ -14,6 +14,7 @@ from mxd.atomic import JSON
 from mxd.pretraining.config import Optimization
 from mxd.pretraining.surgery import all_finite, parameter_groups
 from mxd.pretraining.tasks import Task
+from mxd.runs.determinism import deterministic
 from mxd.runs.faults import TrainingFault, TrainingInterrupted
 from mxd.runs.metrics_log import MetricsLog
 from mxd.runs.progress import TrainingProgress
@@ -55,12 +56,13 @@ def pretrain(
         The last evaluation.
 
     Raises:
+        ValueError: If the device is CUDA and one of the model's operations cannot be repeated there bit for bit.
         TrainingFault: If the loss or a weight is not finite.
         TrainingInterrupted: If SIGINT or SIGTERM arrived; a snapshot was written first.
         OSError: If metrics or a snapshot cannot be written; the snapshots before it stay.
     """
-    model, steps = task.model, task.steps
-    groups = parameter_groups(model, config.weight_decay)
+    steps = task.steps
+    groups = parameter_groups(task.model, config.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
     first = _resume(task, optimizer, run)
     last_snapshot = time.monotonic()
@@ -68,34 +70,15 @@ def pretrain(
     autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bfloat16")
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng())
+        stack.enter_context(deterministic(device, precision))
         stop = stack.enter_context(interruptible())
         log = stack.enter_context(MetricsLog(run / "metrics.jsonl", first_step=first + 1))
-        progress = stack.enter_context(
-            TrainingProgress(
-                steps * task.units_per_step,
-                [name],
-                "Pre-training",
-                tokens_at_start=first * task.units_per_step,
-                unit=task.unit,
-                columns={"loss": "loss", "held out": "held_out_loss"},
-                headline="held_out_loss",
-            )
-        )
+        progress = stack.enter_context(_progress(task, name, first))
         for step in range(first, steps):
-            generator = torch.Generator().manual_seed(_seed_of(config.seed, step, "batch"))
-            torch.manual_seed(_seed_of(config.seed, step, "model"))
-            for group in optimizer.param_groups:
-                group["lr"] = config.rate(step, steps)
-            loss = _backward(task, config, generator, autocast)
-            if config.clip is not None:
-                torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-            optimizer.step()
-            optimizer.zero_grad()
-
+            loss = _step(task, optimizer, config, step, autocast)
             done = step + 1
-            is_last = done == steps
-            evaluates = done % eval_every == 0 or is_last
-            if done % LOG_EVERY == 0 or evaluates:
+            is_last, evaluates = done == steps, done == steps or done % eval_every == 0
+            if evaluates or done % LOG_EVERY == 0:
                 _require_finite(task, loss, done, state=is_last)
                 record = {"step": done, task.unit: done * task.units_per_step, "loss": float(loss)}
                 record |= {"lr": config.rate(step, steps), "seconds": log.seconds()}
@@ -103,15 +86,46 @@ def pretrain(
                     evaluation = _evaluate(task, autocast)
                     record |= evaluation
                 log.log(record)
-                shown = {key: value for key, value in record.items() if key in ("loss", "held_out_loss")}
-                progress.update(done * task.units_per_step, {name: shown})
+                progress.update(done * task.units_per_step, {name: record})
             if stop.requested is not None or is_last or time.monotonic() - last_snapshot >= snapshot_every:
-                _require_finite(task, loss, done, state=True)
-                save_snapshot(run / "snapshots", done, _tensors(task, optimizer), {"position": task.position()})
+                _save(task, optimizer, loss, run, done)
                 last_snapshot = time.monotonic()
             if stop.requested is not None and not is_last:
                 raise TrainingInterrupted(f"{stop.requested} after step {done:,} of {steps:,}")
-    return evaluation or _evaluate(task, autocast)
+        evaluation = evaluation or _evaluate(task, autocast)
+    return evaluation
+
+
+def _progress(task: Task, name: str, first: int) -> TrainingProgress:
+    return TrainingProgress(
+        task.steps * task.units_per_step,
+        [name],
+        "Pre-training",
+        tokens_at_start=first * task.units_per_step,
+        unit=task.unit,
+        columns={"loss": "loss", "held out": "held_out_loss"},
+        headline="held_out_loss",
+    )
+
+
+def _step(
+    task: Task,
+    optimizer: torch.optim.Optimizer,
+    config: Optimization,
+    step: int,
+    autocast: torch.autocast | nullcontext[None],
+) -> Tensor:
+    """Take a step, all of whose draws come from its own seeds, and return the loss before it."""
+    generator = torch.Generator().manual_seed(_seed_of(config.seed, step, "batch"))
+    torch.manual_seed(_seed_of(config.seed, step, "model"))
+    for group in optimizer.param_groups:
+        group["lr"] = config.rate(step, task.steps)
+    loss = _backward(task, config, generator, autocast)
+    if config.clip is not None:
+        torch.nn.utils.clip_grad_norm_(task.model.parameters(), config.clip)
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss
 
 
 def _backward(
@@ -119,13 +133,14 @@ def _backward(
 ) -> Tensor:
     """Add up the gradients of a batch, part by part, and return its mean loss."""
     batch = task.next_batch(generator)
-    total = torch.zeros(())
+    # On the model's device: to read it after every part would keep the device waiting.
+    total = torch.zeros((), device=batch.inputs.device)
     for part in batch.split(config.micro_batch):
         share = len(part.inputs) / len(batch.inputs)
         with autocast:
             loss = task.loss(part)
         (loss * share).backward()
-        total += loss.detach().float().cpu() * share
+        total += loss.detach().float() * share
     return total
 
 
@@ -159,6 +174,11 @@ def _resume(task: Task, optimizer: torch.optim.Optimizer, run: Path) -> int:
     )
     task.restore(cast("Mapping[str, JSON]", snapshot.state["position"]))
     return snapshot.step
+
+
+def _save(task: Task, optimizer: torch.optim.Optimizer, loss: Tensor, run: Path, done: int) -> None:
+    _require_finite(task, loss, done, state=True)
+    save_snapshot(run / "snapshots", done, _tensors(task, optimizer), {"position": task.position()})
 
 
 def _tensors(task: Task, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

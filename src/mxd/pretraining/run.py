@@ -11,6 +11,7 @@ import torch
 
 from mxd.atomic import JSON, json_text, write_json_atomically
 from mxd.kernels.backends import backend
+from mxd.models import resolve_device
 from mxd.pretraining.artifact import save_model
 from mxd.pretraining.config import LanguageConfig, PretrainConfig
 from mxd.pretraining.loop import pretrain
@@ -32,14 +33,16 @@ from mxd.runs.run import (
     is_run,
     locked,
     mark_finished,
+    read_configuration,
     reopen_run,
     require_command,
     require_place,
 )
 from mxd.runs.snapshots import SnapshotError
-from mxd.training.resources import multiplies_bfloat16, resolve_device, resolve_threads
+from mxd.training.resources import multiplies_bfloat16, resolve_threads
 
 RESULT_FILE, MODEL_FOLDER = "pretraining.json", "model"
+COMMAND = "pretrain"
 MAY_DIFFER = ("resources.threads", "resources.precision", "config.optimization.threads", "config.images")
 """What run.json says that a run may be resumed with another value of: it goes on with the threads and the precision it
 began with, and images may lie elsewhere if they are the same."""
@@ -74,8 +77,7 @@ class PretrainPlan:
         }
         versions = {"mxd": importlib.metadata.version("mxd"), "torch": torch.__version__}
         return {
-            "command": "pretrain",
-            "config": cast(JSON, json.loads(json_text(cast(JSON, asdict(self.config))))),
+            **_request(self.config),
             "data": cast(JSON, json.loads(json_text(self.data.identity))),
             "resources": resources,
             "parameters": self.parameters,
@@ -99,7 +101,7 @@ def make_plan(config: PretrainConfig, stored: Mapping[str, JSON] | None = None) 
         FileNotFoundError: If text, images or the tokenizer are not there.
     """
     if stored is not None:
-        require_command(stored, "pretrain")
+        require_command(stored, COMMAND)
     _require_own_fraction(config)
     device = resolve_device(config.optimization.device)
     threads, precision = resolve_threads(config.optimization.threads), config.optimization.precision
@@ -125,6 +127,28 @@ def make_plan(config: PretrainConfig, stored: Mapping[str, JSON] | None = None) 
         task=task,
         parameters=count_parameters(task.model),
     )
+
+
+def _request(config: PretrainConfig) -> dict[str, JSON]:
+    """Return the part of `run.json` that is known before anything is read."""
+    return {"command": COMMAND, "config": cast(JSON, json.loads(json_text(cast(JSON, asdict(config)))))}
+
+
+def finished_result(config: PretrainConfig, out: Path) -> Mapping[str, JSON] | None:
+    """Return what a finished run came to, for which neither data nor model need be there; None if it has not finished.
+
+    Args:
+        config: What is asked for.
+        out: The run's folder.
+
+    Raises:
+        ValueError: If it holds a run of another command or configuration.
+    """
+    if not (is_run(out) and is_finished(out)):
+        return None
+    require_command(read_configuration(out), COMMAND)
+    reopen_run(out, _request(config), ignore=MAY_DIFFER)
+    return cast("Mapping[str, JSON]", json.loads((out / RESULT_FILE).read_text(encoding="utf-8")))
 
 
 def _require_own_fraction(config: PretrainConfig) -> None:

@@ -19,6 +19,7 @@ from mxd.data.tokenization import Tokenizer, eos_token, tokenizer_digest
 from mxd.data.tokens import HeldOut, TokenPosition, TokenStream, held_out_contexts, open_tokens
 from mxd.models import load_tokenizer
 from mxd.multilinear import MultilinearMLPConfig
+from mxd.pretraining.ahead import ContextsAhead
 from mxd.pretraining.config import ImageConfig, LanguageConfig
 from mxd.pretraining.images import (
     ImageOrder,
@@ -158,11 +159,12 @@ class LanguageTask:
         )
         self.model, self.blocks = build(lambda: GPT2LMHeadModel(shape), config, device)
         self.steps, self.units_per_step = config.steps, config.batch_tokens
-        self._data, self._device, self._count = data, device, config.batch_size
+        self._data, self._device = data, device
+        self._contexts = ContextsAhead(data.tokens, config.batch_size, ahead=torch.device(device).type == "cuda")
 
     def next_batch(self, generator: torch.Generator) -> Batch:
         """Return the next contexts."""
-        contexts = self._data.tokens.take(self._count).to(self._device)
+        contexts = self._contexts.take().to(self._device)
         return Batch(contexts, contexts)
 
     def loss(self, batch: Batch) -> Float[Tensor, ""]:
@@ -183,11 +185,11 @@ class LanguageTask:
 
     def position(self) -> Mapping[str, JSON]:
         """Return where in the text the next context is."""
-        return cast("Mapping[str, JSON]", self._data.tokens.state()._asdict())
+        return cast("Mapping[str, JSON]", self._contexts.position()._asdict())
 
     def restore(self, position: Mapping[str, JSON]) -> None:
         """Go to a position in the text."""
-        self._data.tokens.restore(TokenPosition(**cast("dict[str, int]", dict(position))))
+        self._contexts.restore(TokenPosition(**cast("dict[str, int]", dict(position))))
 
 
 class ImageData(NamedTuple):

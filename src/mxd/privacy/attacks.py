@@ -13,7 +13,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
 from mxd.atomic import JSON
-from mxd.privacy.examples import Examples, Prediction, device_of, predict, predict_all
+from mxd.privacy.examples import Examples, Prediction, device_of, fitting_batch, predict, predict_all
 from mxd.privacy.gradients import mean_gradient
 from mxd.privacy.measures import SetMeasures, measure_predictions, measure_set
 from mxd.privacy.objective import accuracy_losses
@@ -46,7 +46,7 @@ class AttackConfig:
     probe_examples: int = 2000
     """Public examples, at most, that a linear probe of the penultimate layer is fitted on."""
     micro_batch: int = 256
-    """Examples in memory at a time."""
+    """Examples in memory at a time, fewer where classes are a whole vocabulary."""
     seed: int = 0
     """Of noise and of the choice of public examples."""
 
@@ -54,10 +54,10 @@ class AttackConfig:
         for name in ("epsilon", "step_size", "relearn_lr"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
-                raise ValueError(f"{name} must be a number above 0; got {value}.")
+                raise ValueError(f"{name.replace('_', '-')} must be a number above 0; got {value}.")
         for name in ("steps", "relearn_examples", "relearn_steps", "probe_examples", "micro_batch"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}.")
+                raise ValueError(f"{name.replace('_', '-')} must be at least 1; got {getattr(self, name)}.")
         if self.low is not None and self.high is not None and not self.low < self.high:
             raise ValueError(f"low must lie below high; got {self.low} and {self.high}.")
 
@@ -109,7 +109,7 @@ def attack(model: nn.Module, protected: Examples, public: Examples, config: Atta
 
     return AttackReport(
         clean=measure_set(model, protected, config.micro_batch),
-        gaussian=tried(lambda: add_noise(_numbers(protected), config)),
+        gaussian=tried(lambda: gaussian_attack(_numbers(protected), config)),
         fgsm=tried(lambda: fgsm(model, _numbers(protected), config)),
         pgd=tried(lambda: pgd(model, _numbers(protected), config, goal="logsumexp")),
         pgd_confidence=tried(lambda: pgd(model, _numbers(protected), config, goal="confidence")),
@@ -134,7 +134,7 @@ def _numbers(examples: Examples) -> Tensor:
     return examples.inputs
 
 
-def add_noise(x: Float[Tensor, " n *shape"], config: AttackConfig) -> Float[Tensor, " n *shape"]:
+def gaussian_attack(x: Float[Tensor, " n *shape"], config: AttackConfig) -> Float[Tensor, " n *shape"]:
     """The inputs plus Gaussian noise of standard deviation epsilon, clamped to their range."""
     generator = torch.Generator().manual_seed(config.seed)
     return _clamped(x + config.epsilon * torch.randn(x.shape, generator=generator), config)
@@ -200,8 +200,9 @@ def relearn(model: nn.Module, public: Examples, config: AttackConfig) -> nn.Modu
     def losses(found: Prediction) -> Tensor:
         return accuracy_losses(found.logits, found.labels)
 
+    size = fitting_batch(tuned, public, config.micro_batch)
     for _ in range(config.relearn_steps):
-        found = mean_gradient(tuned, parameters, public, losses, config.micro_batch)
+        found = mean_gradient(tuned, parameters, public, losses, size)
         for parameter, gradient in zip(parameters, found.gradient, strict=True):
             parameter.grad = gradient
         optimizer.step()
@@ -217,8 +218,8 @@ def probe(model: nn.Module, public: Examples, protected: Examples, config: Attac
     if protected.labels_of == "next-token":
         # A linear probe of a vocabulary is the model's own last layer again, and as large.
         return None
-    classes = predict_all(model, protected.take(slice(0, 1)), 1).logits.shape[-1]
-    last = last_linear(model, protected, classes)
+    num_classes = predict_all(model, protected.take(slice(0, 1)), 1).logits.shape[-1]
+    last = last_linear(model, protected, num_classes)
     if last is None:
         return None
     # The layer hands on what it reads, so that features are cut into labels' positions as logits are.
@@ -235,13 +236,13 @@ def probe(model: nn.Module, public: Examples, protected: Examples, config: Attac
     )
     told = torch.from_numpy(fitted.predict_log_proba(scaler.transform(unknown.logits.double().numpy()))).float()
     # Classes that no public example has are never predicted.
-    logits = torch.full((len(unknown.labels), classes), -1e4)
+    logits = torch.full((len(unknown.labels), num_classes), -1e4)
     logits[:, torch.from_numpy(fitted.classes_).long()] = told.clamp_min(-1e4)
     return measure_predictions([Prediction(logits, unknown.labels, unknown.rows)])
 
 
 @torch.no_grad()
-def last_linear(model: nn.Module, examples: Examples, classes: int) -> nn.Linear | None:
+def last_linear(model: nn.Module, examples: Examples, num_classes: int) -> nn.Linear | None:
     """The last `nn.Linear` that a forward pass runs, where it has an output for each class."""
     called: list[nn.Module] = []
     handles = [
@@ -257,4 +258,4 @@ def last_linear(model: nn.Module, examples: Examples, classes: int) -> nn.Linear
         for handle in handles:
             handle.remove()
     last = called[-1] if called else None
-    return last if isinstance(last, nn.Linear) and last.out_features == classes else None
+    return last if isinstance(last, nn.Linear) and last.out_features == num_classes else None

@@ -25,7 +25,7 @@ class BaselineConfig:
 
     fit: FitConfig
     """How each model is trained."""
-    classes: int
+    num_classes: int
     """Number of classes."""
     copies: int = 25
     """Samples with random labels around each protected input; the paper has 5 to 5,000."""
@@ -57,7 +57,7 @@ def random_labels_around(fresh: Fresh, protected: Examples, retained: Examples, 
     generator = torch.Generator().manual_seed(config.seed)
     around = _numbers(protected).repeat_interleave(config.copies, 0)
     drawn = (around + points_in_ball(around, config.radius, generator)).clamp(0, 1)
-    labels = torch.randint(config.classes, (len(drawn),), generator=generator)
+    labels = torch.randint(config.num_classes, (len(drawn),), generator=generator)
     model = fresh()
     fit_classifier(model, join(retained, Examples(inputs=drawn, labels=labels)), config.fit)
     return model
@@ -73,7 +73,7 @@ def gaussian_uniform(fresh: Fresh, protected: Examples, retained: Examples, conf
     clean = _numbers(protected).repeat_interleave(config.copies, 0)
     noisy = (clean + config.noise * torch.randn(clean.shape, generator=generator)).clamp(0, 1)
     true = protected.labels.repeat_interleave(config.copies)
-    random = torch.randint(config.classes, (len(clean),), generator=generator)
+    random = torch.randint(config.num_classes, (len(clean),), generator=generator)
     both = Examples(inputs=torch.cat([noisy, clean]), labels=torch.cat([true, random]))
     model = fresh()
     fit_classifier(model, join(retained, both), config.fit)
@@ -95,7 +95,7 @@ def label_private(fresh: Fresh, examples: Examples, config: BaselineConfig) -> n
     generator = torch.Generator().manual_seed(config.seed)
     order = torch.randperm(len(examples), generator=generator)
     halves = [examples.take(order[: len(order) // 2]), examples.take(order[len(order) // 2 :])]
-    uniform = torch.full((len(halves[0]), config.classes), 1 / config.classes)
+    uniform = torch.full((len(halves[0]), config.num_classes), 1 / config.num_classes)
     first = halves[0].with_labels(private_labels(halves[0].labels, uniform, config.epsilon, generator))
     teacher = fresh()
     fit_classifier(teacher, first, replace(config.fit, mixup=16.0))

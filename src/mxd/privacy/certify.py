@@ -81,8 +81,6 @@ class CertifiedStep(NamedTuple):
     """The derived constants, as numbers."""
     noise_accuracy_cost: float | None
     """What the noise adds at most to the retained cross-entropy, on average; None where no bound is proved."""
-    noise_uniformity_cost: float | None
-    """What it adds at most to L_K on the protected examples, on average."""
 
 
 def certify_logistic(
@@ -127,7 +125,7 @@ def certify_logistic(
     certificate = _certificate(problem, constants, taken, config)
     sigma = certificate.experimental_sigma
     noisy = None if sigma is None else problem.matrix(add_noise(taken.after, sigma, seed=config.noise_seed))
-    costs = (None, None) if sigma is None else _noise_costs(constants, sigma)
+    accuracy_cost = None if sigma is None else noise_cost(sigma, constants.accuracy.trace, constants.retained_square)
     return CertifiedStep(
         pretrained=problem.matrix(reference),
         stepped=problem.matrix(taken.after),
@@ -136,8 +134,7 @@ def certify_logistic(
         certificate=certificate,
         utility=utility_bound(problem, constants, reference),
         constants=constants,
-        noise_accuracy_cost=costs[0],
-        noise_uniformity_cost=costs[1],
+        noise_accuracy_cost=accuracy_cost,
     )
 
 
@@ -175,14 +172,6 @@ def pretrain_logistic(
         config=ObjectiveConfig(theta=0.5, weight_decay=weight_decay / 2, uniformity="kl-u-p"),
     )
     return problem.matrix(minimise(problem, torch.zeros(problem.num_parameters, dtype=torch.float64)))
-
-
-def _noise_costs(constants: LogisticConstants, sigma: float) -> tuple[float, float]:
-    """Return what the noise costs on average in accuracy's and in uniformity's loss, at most."""
-    return (
-        noise_cost(sigma, constants.accuracy.trace, constants.retained_square),
-        noise_cost(sigma, constants.uniformity.trace, constants.protected_square),
-    )
 
 
 def _steps(problem: LogisticObjective, start: Float[Tensor, " p"], warm_up: int) -> FullStep:

@@ -71,7 +71,7 @@ def linear_weights(model: nn.Module) -> Float[Tensor, "d_in classes"]:
             f"nothing else; got {type(model).__name__} of {len(layers)} parts; use mxd privacy induce, without one."
         )
     linear = layers[1]
-    return torch.cat([linear.weight.detach().T, linear.bias.detach()[None]]).double().cpu()
+    return torch.cat([linear.weight.detach().T, linear.bias.detach()[None]]).cpu().double()
 
 
 def with_weights(model: nn.Module, weights: Float[Tensor, "d_in classes"]) -> nn.Module:
@@ -79,8 +79,10 @@ def with_weights(model: nn.Module, weights: Float[Tensor, "d_in classes"]) -> nn
     changed = copy.deepcopy(model)
     linear = cast(nn.Linear, list(changed.children())[1])
     with torch.no_grad():
-        linear.weight.copy_(weights[:-1].T)
-        linear.bias.copy_(weights[-1])
+        # Rounded before it goes to a device that may have no float64.
+        rounded = weights.to(linear.weight.dtype)
+        linear.weight.copy_(rounded[:-1].T)
+        linear.bias.copy_(rounded[-1])
     return changed
 
 

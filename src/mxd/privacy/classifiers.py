@@ -9,14 +9,16 @@ from typing import Any, ClassVar, NamedTuple, TypeAlias, cast
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mxd.atomic import JSON, write_bytes_atomically, write_json_atomically
+from mxd.atomic import JSON, json_text, write_together
+from mxd.tensor_files import read_tensors, require_described
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+EARLIER_NAMES = {"classes": "num_classes"}
+"""What settings were called in a config.json that an earlier version wrote, and are called now."""
 
 
 class PixelNormalization(nn.Module):
@@ -51,12 +53,12 @@ class LogisticRegressionConfig:
     architecture: ClassVar[str] = "logistic-regression"
     d_in: int
     """Numbers in an example, however it is shaped."""
-    classes: int
+    num_classes: int
     """Number of classes."""
 
     def build(self) -> nn.Module:
         """A model with new weights."""
-        return nn.Sequential(nn.Flatten(), nn.Linear(self.d_in, self.classes))
+        return nn.Sequential(nn.Flatten(), nn.Linear(self.d_in, self.num_classes))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,7 +68,7 @@ class MlpConfig:
     architecture: ClassVar[str] = "mlp"
     d_in: int
     """Numbers in an example, however it is shaped."""
-    classes: int
+    num_classes: int
     """Number of classes."""
     hidden: tuple[int, ...] = (100,)
     """Width of each hidden layer; the paper's has one of 100."""
@@ -77,7 +79,7 @@ class MlpConfig:
         layers: list[nn.Module] = [nn.Flatten()]
         for before, after in pairwise(widths):
             layers += [nn.Linear(before, after), nn.ReLU()]
-        return nn.Sequential(*layers, nn.Linear(widths[-1], self.classes))
+        return nn.Sequential(*layers, nn.Linear(widths[-1], self.num_classes))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,7 +87,7 @@ class SlimResNetConfig:
     """A residual network of basic blocks (He et al., 2016), slim enough for a processor: about 0.2 million weights."""
 
     architecture: ClassVar[str] = "slim-resnet"
-    classes: int = 10
+    num_classes: int = 10
     """Number of classes."""
     channels: int = 1
     """Channels of an image."""
@@ -120,7 +122,9 @@ class SlimResNetConfig:
             for block in range(self.blocks):
                 layers.append(BasicBlock(width, after, stride=2 if stage > 0 and block == 0 else 1))
                 width = after
-        model: nn.Module = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, self.classes))
+        model: nn.Module = nn.Sequential(
+            *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, self.num_classes)
+        )
         # On a processor a training step takes a quarter of the time with the channels last.
         return cast(Any, model).to(memory_format=torch.channels_last)
 
@@ -171,12 +175,12 @@ def save_classifier(folder: Path, config: ClassifierConfig, model: nn.Module, cl
         OSError: If they cannot be written.
     """
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    _require_weights(folder, config.build(), weights)
+    require_described(folder / WEIGHTS_FILE, config.build().state_dict(), weights)
     folder.mkdir(parents=True, exist_ok=True)
-    write_bytes_atomically(folder / WEIGHTS_FILE, save(weights))
     content: dict[str, object] = {"format": 1, "architecture": config.architecture, "settings": asdict(config)}
     content |= {"class_names": list(class_names)} if class_names else {}
-    write_json_atomically(folder / CONFIG_FILE, cast(JSON, content))
+    text = json_text(cast(JSON, content))
+    write_together({folder / WEIGHTS_FILE: save(weights), folder / CONFIG_FILE: text.encode()})
 
 
 class LoadedClassifier(NamedTuple):
@@ -195,18 +199,16 @@ def load_classifier(folder: Path) -> LoadedClassifier:
 
     Raises:
         FileNotFoundError: If the folder or one of the two files does not exist.
-        ValueError: If the configuration is not one of ours, or the weights are damaged or others than it asks for.
+        ValueError: If the configuration is not one of ours, or the weights are damaged, not finite, or others than it
+            asks for.
     """
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"a model's folder must hold {name}; {folder} does not; check the path.")
     config, class_names = _read_config(folder / CONFIG_FILE)
-    try:
-        weights = load_file(folder / WEIGHTS_FILE)
-    except SafetensorError as error:
-        raise ValueError(f"{folder / WEIGHTS_FILE} must be a safetensors file; it is damaged ({error}).") from error
+    weights = read_tensors(folder / WEIGHTS_FILE)
     model = config.build()
-    _require_weights(folder, model, weights)
+    require_described(folder / WEIGHTS_FILE, model.state_dict(), weights)
     model.load_state_dict(weights)
     return LoadedClassifier(config, model.eval(), class_names)
 
@@ -226,7 +228,8 @@ def _read_config(path: Path) -> tuple[ClassifierConfig, tuple[str, ...]]:
         content = json.loads(path.read_text("utf-8"))
         config = _CONFIGS[content["architecture"]]
         settings: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value for name, value in content["settings"].items()
+            EARLIER_NAMES.get(str(name), str(name)): tuple(value) if isinstance(value, list) else value
+            for name, value in content["settings"].items()
         }
         return config(**settings), tuple(str(name) for name in content.get("class_names", []))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -234,14 +237,3 @@ def _read_config(path: Path) -> tuple[ClassifierConfig, tuple[str, ...]]:
             f"{path} must hold a classifier's architecture (one of {known}) and settings; it does not "
             f"({type(error).__name__}: {error})."
         ) from error
-
-
-def _require_weights(folder: Path, model: nn.Module, weights: dict[str, Tensor]) -> None:
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    differing = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
-    if differing:
-        raise ValueError(
-            f"the weights of {folder} must be those of its configuration; {len(differing)} tensors differ, such as "
-            f"{differing[0]} ({found.get(differing[0], 'absent')} instead of {wanted.get(differing[0], 'absent')})."
-        )

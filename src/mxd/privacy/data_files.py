@@ -39,7 +39,7 @@ class FileSets(NamedTuple):
 
     sets: Mapping[str, Examples]
     """By the name that each file was given."""
-    classes: tuple[str, ...]
+    class_names: tuple[str, ...]
     """Names of the classes in their order; empty where labels are numbers."""
     shown: Mapping[str, Sequence[str]]
     """What a page may show of each row of text; empty for images and tables."""
@@ -59,11 +59,11 @@ def read_sets(
     *,
     columns: ColumnNames | None = None,
     reader: TextReader | None = None,
-    classes: Sequence[str] = (),
+    class_names: Sequence[str] = (),
 ) -> FileSets:
     """Read several sets of one kind, with classes numbered alike in all.
 
-    Labels that are whole numbers are taken as they are. Named labels are numbered in the order of `classes`, or in
+    Labels that are whole numbers are taken as they are. Named labels are numbered in the order of `class_names`, or in
     alphabetical order over all the files.
 
     Args:
@@ -72,7 +72,7 @@ def read_sets(
             column of labels, all others numbers, or with text.
         columns: Names of the columns.
         reader: How text becomes tensors; without it tables must hold numbers.
-        classes: Names of the classes in the model's order.
+        class_names: Names of the classes in the model's order.
 
     Raises:
         FileNotFoundError: If a path does not exist.
@@ -82,13 +82,13 @@ def read_sets(
     if reader is not None and reader.task != "sequence":
         tables = {name: _read_table(path) for name, path in paths.items()}
         sets = {name: _positions(name, table, paths[name], columns, reader) for name, table in tables.items()}
-        return FileSets(sets, tuple(classes), {name: _shown(table, columns) for name, table in tables.items()})
+        return FileSets(sets, tuple(class_names), {name: _shown(table, columns) for name, table in tables.items()})
     raws = {name: _read(path, columns, reader) for name, path in paths.items()}
     headings = {name: raw.columns for name, raw in raws.items()}
     if len(set(headings.values())) > 1:
         found = "; ".join(f"{name}: {_few(heading)}" for name, heading in headings.items())
         raise ValueError(f"all tables must have the same columns of numbers; got {found}.")
-    order, number = _numbering([label for raw in raws.values() for label in raw.labels], classes)
+    order, number = _numbering([label for raw in raws.values() for label in raw.labels], class_names)
     sets = {}
     for name, raw in raws.items():
         labels = [number[label] if isinstance(label, str) else label for label in raw.labels]
@@ -100,13 +100,13 @@ def read_sets(
     return FileSets(sets, order, {name: raw.texts or () for name, raw in raws.items()})
 
 
-def _numbering(labels: Sequence[str | int], classes: Sequence[str]) -> tuple[tuple[str, ...], dict[str, int]]:
+def _numbering(labels: Sequence[str | int], class_names: Sequence[str]) -> tuple[tuple[str, ...], dict[str, int]]:
     names = {label for label in labels if isinstance(label, str)}
     if not names:
-        return tuple(classes), {}
+        return tuple(class_names), {}
     if any(isinstance(label, int) for label in labels):
         raise ValueError("labels must be numbers in all files, or names in all; got both; make them alike.")
-    order = tuple(classes) or tuple(sorted(names))
+    order = tuple(class_names) or tuple(sorted(names))
     unknown = sorted(names - set(order))
     if unknown:
         raise ValueError(f"labels must be among the model's classes ({_few(order)}); got {_few(unknown)}.")
@@ -197,7 +197,7 @@ def _whole_or_names(labels: list[Any], path: Path) -> list[str] | list[int]:
 def _read_npz(path: Path) -> _Raw:
     try:
         with numpy.load(path, allow_pickle=False) as file:
-            inputs, labels = _array(file, INPUT_KEYS, path), _array(file, LABEL_KEYS, path)
+            inputs, labels = _array(file, INPUT_KEYS), _array(file, LABEL_KEYS)
     # A single array (.npy) under this name is no archive, and cannot be opened as one.
     except (ValueError, OSError, zipfile.BadZipFile, EOFError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} must be an .npz file of plain arrays; it cannot be read ({error}).") from error
@@ -224,7 +224,7 @@ def _read_npz(path: Path) -> _Raw:
     return _Raw(_whole_or_names(labels.tolist(), path), inputs=numbers)
 
 
-def _array(file: Mapping[str, Any], keys: Sequence[str], path: Path) -> Any:
+def _array(file: Mapping[str, Any], keys: Sequence[str]) -> Any:
     for key in keys:
         if key in file:
             return file[key]

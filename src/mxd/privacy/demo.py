@@ -114,7 +114,7 @@ def privacy_demo(out: Path, *, say: Callable[[str], None]) -> DemoSummary:
 
 
 def _certified(out: Path, data: DemoData) -> tuple[Section, str]:
-    config = LogisticRegressionConfig(d_in=64, classes=10)
+    config = LogisticRegressionConfig(d_in=64, num_classes=10)
     known = join(data.protected, data.retained)
     assert isinstance(known.inputs, torch.Tensor)
     weights = pretrain_logistic(

@@ -19,6 +19,8 @@ LabelsOf: TypeAlias = Literal["example", "token", "next-token"]
 """
 IGNORED = -100
 """Label of a position that does not count, as in transformers."""
+LOGITS_AT_ONCE = 2**26
+"""Logits of one pass of a model, at most, that positions are measured with: 256 MiB in float32."""
 Inputs: TypeAlias = Tensor | Mapping[str, Tensor]
 """A tensor, which a model takes as its one argument, or the named tensors that a transformers model takes."""
 
@@ -178,24 +180,47 @@ def predict(model: nn.Module, batch: Examples) -> Prediction:
 
 
 def predictions(model: nn.Module, examples: Examples, batch_size: int) -> Iterator[Prediction]:
-    """What a model says of each batch, as it is used (in evaluation mode), on the CPU in float32.
+    """What a model says of each batch, as it is used (in evaluation mode), on its device in float32.
 
     One batch is in memory at a time: with a vocabulary for classes, all of them would not fit.
+
+    Args:
+        model: Returns logits.
+        examples: The examples.
+        batch_size: Examples in memory at a time, at most; see `fitting_batch`.
     """
     device, was_training, done = device_of(model), model.training, 0
+    size = fitting_batch(model, examples, batch_size)
     try:
-        for batch in examples.batches(batch_size):
+        for batch in examples.batches(size):
             with torch.no_grad():
                 part = predict(model.eval(), batch.to(device))
-            yield Prediction(part.logits.float().cpu(), part.labels.cpu(), part.rows.cpu() + done)
+            yield Prediction(part.logits.float(), part.labels, part.rows + done)
             done += len(batch)
     finally:
         model.train(was_training)
 
 
+@torch.no_grad()
+def fitting_batch(model: nn.Module, examples: Examples, batch_size: int) -> int:
+    """Return how many examples a model may read at a time: fewer than `batch_size` where their logits are too many.
+
+    With a vocabulary of 128,000 for classes the logits of one text of 512 tokens take 256 MiB. How many classes there
+    are is learnt from a pass over one example; where labels are of whole examples their logits are few.
+    """
+    if examples.labels_of == "example" or len(examples) == 0:
+        return batch_size
+    was_training = model.training
+    try:
+        one = predict(model.eval(), examples.take(slice(0, 1)).to(device_of(model)))
+    finally:
+        model.train(was_training)
+    return max(1, min(batch_size, LOGITS_AT_ONCE // (examples.labels.shape[1] * one.logits.shape[-1])))
+
+
 def predict_all(model: nn.Module, examples: Examples, batch_size: int = 256) -> Prediction:
-    """What a model says of all examples, together: for sets and numbers of classes that fit in memory."""
-    parts = list(predictions(model, examples, batch_size))
+    """What a model says of all examples, together, on the CPU: for sets and numbers of classes that fit in memory."""
+    parts = [[tensor.cpu() for tensor in part] for part in predictions(model, examples, batch_size)]
     return Prediction(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
 
 
@@ -271,12 +296,12 @@ def require_logits(model: nn.Module, examples: Examples, name: str) -> int:
         ValueError: If it returns probabilities or no finite numbers, or a label is not one of its classes.
     """
     few = examples.take(slice(0, 32 if examples.labels_of == "example" else 4))
-    classes, probabilities = 0, True
+    num_classes, probabilities = 0, True
     for logits, _, _ in predictions(model, few, 8 if examples.labels_of == "example" else 1):
-        classes = logits.shape[-1]
-        if classes < 2:
+        num_classes = logits.shape[-1]
+        if num_classes < 2:
             raise ValueError(
-                f"the model must have at least two classes; got {classes}; a model with one output for two classes "
+                f"the model must have at least two classes; got {num_classes}; a model with one output for two classes "
                 "must be given as one with two logits (0 and z)."
             )
         if not bool(torch.isfinite(logits).all()):
@@ -290,8 +315,8 @@ def require_logits(model: nn.Module, examples: Examples, name: str) -> int:
         )
     labels = examples.labels[examples.labels != IGNORED] if examples.labels_of != "example" else examples.labels
     low, high = int(labels.min()), int(labels.max())
-    if low < 0 or high >= classes:
+    if low < 0 or high >= num_classes:
         raise ValueError(
-            f"labels of the {name} set must lie in [0, {classes - 1}], the model's classes; got {low} to {high}."
+            f"labels of the {name} set must lie in [0, {num_classes - 1}], the model's classes; got {low} to {high}."
         )
-    return classes
+    return num_classes

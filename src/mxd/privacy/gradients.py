@@ -1,5 +1,7 @@
 """Gradients of means over whole sets, however they are cut, and what to do when two of them disagree."""
 
+import functools
+import operator
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, TypeAlias
@@ -39,15 +41,17 @@ def mean_gradient(
         batch_size: Examples in memory at a time.
     """
     # A small batch of sequences may hold no position that counts; its gradient is 0.
-    device, counted, loss = device_of(model), max(examples.num_counted, 1), 0.0
+    device, counted = device_of(model), max(examples.num_counted, 1)
+    means: list[Tensor] = []
     total = [torch.zeros_like(parameter) for parameter in parameters]
     for batch in examples.batches(batch_size):
         mean = losses(predict(model, batch.to(device))).sum() / counted
         found = torch.autograd.grad(mean, parameters, allow_unused=True, materialize_grads=True)
         for accumulated, gradient in zip(total, found, strict=True):
             accumulated += gradient
-        loss += mean.item()
-    return MeanGradient(loss, total)
+        means.append(mean.detach())
+    # Read at the end: the device need not wait between batches.
+    return MeanGradient(sum((mean.item() for mean in means), 0.0), total)
 
 
 class Surgery(NamedTuple):
@@ -89,8 +93,13 @@ def symmetric_surgery(uniform: Sequence[Tensor], accurate: Sequence[Tensor]) -> 
 
 def dot(first: Iterable[Tensor], second: Iterable[Tensor]) -> float:
     """The inner product of two lists of tensors, summed in float64."""
-    pairs = zip(first, second, strict=True)
-    return sum((float((a.detach().double() * b.detach().double()).sum()) for a, b in pairs), 0.0)
+    products = [(_in_float64(a) * _in_float64(b)).sum() for a, b in zip(first, second, strict=True)]
+    return float(functools.reduce(operator.add, products)) if products else 0.0
+
+
+def _in_float64(tensor: Tensor) -> Tensor:
+    # Apple's devices have no float64.
+    return (tensor.detach().cpu() if tensor.device.type == "mps" else tensor.detach()).double()
 
 
 @torch.no_grad()

@@ -11,15 +11,18 @@ from torch import nn
 
 from mxd.atomic import JSON
 from mxd.models.identity import fingerprint
-from mxd.privacy.examples import Examples, require_logits, require_sets
+from mxd.privacy.examples import Examples, device_of, require_logits, require_sets
 from mxd.privacy.tuning import InduceConfig, Induced, Sets, Tuning
+from mxd.runs.determinism import deterministic
 from mxd.runs.faults import TrainingInterrupted
 from mxd.runs.metrics_log import MetricsLog
 from mxd.runs.progress import TrainingProgress
-from mxd.runs.run import create_run, is_finished, is_run, locked, mark_finished, reopen_run
+from mxd.runs.run import create_run, is_finished, is_run, locked, mark_finished, read_configuration, reopen_run
 from mxd.runs.signals import interruptible
 from mxd.runs.snapshots import load_newest_snapshot, save_snapshot
 
+COMMAND, EARLIER_TASK = "induce", "induce uncertainty"
+"""By what run.json tells a run of this command from others; `task` did so in what earlier versions wrote."""
 COLUMNS = {"loss": "objective", "distance": "confidence_distance", "accuracy": "validation_accuracy"}
 
 
@@ -51,17 +54,26 @@ def induce_uncertainty(
         config: How.
         validation: Examples to choose the model by; unless given, a part of the retained ones is set aside.
         run: Folder for `run.json`, `metrics.jsonl` and snapshots; without it nothing is written or shown.
-        resume: Continue what is in the run's folder; ends with the same weights, bit for bit, as without interruption.
+        resume: Continue what is in the run's folder; ends with the same weights, bit for bit, as without interruption,
+            on the same machine.
         snapshot_every: Seconds between snapshots.
 
     Raises:
         ValueError: If a set is empty or not finite, sets overlap, labels are not the model's classes, the model returns
-            probabilities, or the run's folder holds something else.
+            probabilities, the run's folder holds something else, or the device is CUDA and one of the model's
+            operations cannot be repeated there bit for bit.
         TrainingFault: If a loss is not finite.
         TrainingInterrupted: If SIGINT or SIGTERM arrived; a snapshot was written where there is a run.
     """
     config = config or InduceConfig()
-    sets = _split(model, protected, retained, validation, config)
+    with deterministic(device_of(model)):
+        sets = _split(model, protected, retained, validation, config)
+        return _induce(model, sets, config, run, resume=resume, snapshot_every=snapshot_every)
+
+
+def _induce(
+    model: nn.Module, sets: Sets, config: InduceConfig, run: Path | None, *, resume: bool, snapshot_every: float
+) -> Induced:
     tuning = Tuning(model, sets, config)
     if run is None:
         with interruptible() as stop:
@@ -71,7 +83,7 @@ def induce_uncertainty(
                     raise TrainingInterrupted(f"{stop.requested} after step {tuning.done:,}")
         return tuning.result()
     with locked(run):
-        open_run(run, describe_request(model, sets, config), resume=resume)
+        _open_run(run, describe_request(model, sets, config), resume=resume)
         _tune_in_run(tuning, run, snapshot_every)
         if not is_finished(run):
             mark_finished(run, tuning.done)
@@ -95,7 +107,7 @@ def _split(
     if not 1 <= count < len(retained):
         raise ValueError(
             f"the retained set must leave examples both to train on and to validate on; {len(retained)} at a "
-            f"validation_fraction of {config.validation_fraction} leave {count} for validation; give more."
+            f"validation-fraction of {config.validation_fraction} leave {count} for validation; give more."
         )
     order = torch.randperm(len(retained), generator=torch.Generator().manual_seed(config.seed))
     return Sets(protected, retained.take(order[count:]), retained.take(order[:count]))
@@ -104,7 +116,7 @@ def _split(
 def describe_request(model: nn.Module, sets: Sets, config: InduceConfig) -> dict[str, JSON]:
     """What `run.json` says, and what a resumed run must share."""
     return {
-        "task": "induce uncertainty",
+        "command": COMMAND,
         "config": cast(JSON, asdict(config)),
         "model": fingerprint(model),
         "protected": sets.protected.digest(),
@@ -113,12 +125,17 @@ def describe_request(model: nn.Module, sets: Sets, config: InduceConfig) -> dict
     }
 
 
-def open_run(run: Path, configuration: dict[str, JSON], *, resume: bool) -> None:
+def _open_run(run: Path, configuration: dict[str, JSON], *, resume: bool) -> None:
     """Make the run's folder, or check that what is in it is the same request."""
-    if resume and is_run(run):
-        reopen_run(run, configuration)
-    else:
+    if not (resume and is_run(run)):
         create_run(run, configuration)
+        return
+    stored = read_configuration(run)
+    if stored.get("command") != COMMAND and stored.get("task") != EARLIER_TASK:
+        raise ValueError(
+            f"{run} must be a run of mxd privacy {COMMAND} to be continued; it is another; name another --out."
+        )
+    reopen_run(run, configuration, ignore=("command", "task"))
 
 
 def _tune_in_run(tuning: Tuning, run: Path, snapshot_every: float) -> None:

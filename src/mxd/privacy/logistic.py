@@ -161,8 +161,6 @@ class LogisticConstants(NamedTuple):
     """Largest eigenvalue of the mean of x xᵀ over the protected examples."""
     retained_moment: float
     """The same over the retained examples."""
-    protected_square: float
-    """Mean ‖x‖² over the protected examples."""
     retained_square: float
     """Mean ‖x‖² over the retained examples."""
     uniformity: LogitConstants
@@ -175,8 +173,6 @@ class LogisticConstants(NamedTuple):
     """Largest ‖∇L_K‖."""
     accuracy_smoothness: float
     """Largest eigenvalue of ∇²L_A."""
-    uniformity_smoothness: float
-    """Largest absolute eigenvalue of ∇²L_K."""
     smoothness: float
     """Lipschitz constant of ∇M_θ, λ included."""
     hessian_lipschitz: float
@@ -205,14 +201,12 @@ def logistic_constants(problem: LogisticObjective) -> LogisticConstants:
         largest_norm=max(radius),
         protected_moment=moments[0],
         retained_moment=moments[1],
-        protected_square=_mean_square(problem.protected),
         retained_square=_mean_square(problem.retained),
         uniformity=uniform,
         accuracy=accurate,
         accuracy_slope=accurate.slope * means[1] * few,
         uniformity_slope=uniform.slope * means[0] * few,
         accuracy_smoothness=accurate.smoothness * moments[1] * few,
-        uniformity_smoothness=uniform.smoothness * moments[0] * few,
         smoothness=few
         * (theta * uniform.smoothness * moments[0] + (1 - theta) * accurate.smoothness * moments[1] + decay),
         hessian_lipschitz=few

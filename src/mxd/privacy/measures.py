@@ -1,7 +1,7 @@
 """Measures of how much a model gives away on protected examples, and of what it is worth on the others."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import cast
 
@@ -14,6 +14,8 @@ from mxd.atomic import JSON
 from mxd.privacy.examples import Examples, Prediction, predict_all, predictions
 
 CALIBRATION_BINS = 15
+PROBABILITIES_AT_ONCE = 2**25
+"""Probabilities, at most, that are computed at a time: 128 MiB in float32."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,7 +42,7 @@ class SetMeasures:
 class PrivacyMeasures:
     """What a model gives away on protected examples, and what it is worth on the others."""
 
-    classes: int
+    num_classes: int
     """Number of classes; guessing is right once in so many times."""
     protected: SetMeasures
     """On the protected examples."""
@@ -58,25 +60,35 @@ class PrivacyMeasures:
 
 def confidence_distances(logits: Float[Tensor, "counted classes"]) -> Float[Tensor, " counted"]:
     """How far each row's largest probability lies above 1/Y: max(0, max_c p_c − 1/Y) (Ashiq et al., 2025)."""
-    return (logits.softmax(-1).amax(-1) - 1 / logits.shape[-1]).clamp_min(0)
+    return _above_uniform(logits.softmax(-1).amax(-1), logits.shape[-1])
+
+
+def _above_uniform(confidence: Float[Tensor, " counted"], num_classes: int) -> Float[Tensor, " counted"]:
+    return (confidence - 1 / num_classes).clamp_min(0)
 
 
 def calibration_gaps(
-    logits: Float[Tensor, "counted classes"], labels: Int[Tensor, " counted"], bins: int = CALIBRATION_BINS
+    confidence: Float[Tensor, " counted"], right: Float[Tensor, " counted"], bins: int = CALIBRATION_BINS
 ) -> Float[Tensor, " bins"]:
     """For each bin of confidence the number of right labels less their confidences: n_b · (accuracy_b − confidence_b).
 
     Summed over batches, made absolute and divided by the number of labels, it is the expected calibration error (Guo et
     al., 2017). Bins are of equal width in the largest probability, open below and closed above.
+
+    Args:
+        confidence: Largest probability of each row, in float64 on the CPU.
+        right: 1 where the class that has it is the label, else 0.
+        bins: Number of bins.
     """
-    confidence, choice = logits.softmax(-1).max(-1)
-    right = (choice == labels).double()
-    place = (confidence.double() * bins).ceil().long().clamp(1, bins) - 1
-    return torch.zeros(bins, dtype=torch.float64).index_add_(0, place, right - confidence.double())
+    place = (confidence * bins).ceil().long().clamp(1, bins) - 1
+    return torch.zeros(bins, dtype=torch.float64).index_add_(0, place, right - confidence)
 
 
 def measure_predictions(parts: Iterable[Prediction]) -> SetMeasures:
     """Measure what a model said of a set, batch by batch.
+
+    Probabilities are computed where the logits are; what is left of each row, a few numbers, is summed on the CPU, in
+    float64, which not every device has.
 
     Raises:
         ValueError: If no label counts.
@@ -84,18 +96,20 @@ def measure_predictions(parts: Iterable[Prediction]) -> SetMeasures:
     count, largest = 0, 0.0
     right = distance = entropy = brier = 0.0
     gaps = torch.zeros(CALIBRATION_BINS, dtype=torch.float64)
-    for logits, labels, _ in parts:
+    for logits, labels in _slices(parts):
         p = logits.softmax(-1)
-        distances = confidence_distances(logits).double()
-        hit = p.gather(1, labels[:, None])[:, 0].double()
+        confidence, choice = p.max(-1)
+        rows = [confidence, choice == labels, logits.argmax(-1) == labels, _above_uniform(confidence, p.shape[-1])]
+        rows += [p.gather(1, labels[:, None])[:, 0], p.square().sum(-1)]
+        sure, chosen, first, distances, hit, squares = (row.cpu().double() for row in rows)
         count += len(labels)
-        right += float((logits.argmax(-1) == labels).sum())
+        right += float(first.sum())
         distance += float(distances.sum())
         largest = max(largest, float(distances.amax())) if len(labels) else largest
         entropy += float(functional.cross_entropy(logits, labels, reduction="sum"))
         # Σ_c (p_c − y_c)² = Σ p² − 2 p_label + 1
-        brier += float((p.square().sum(-1).double() - 2 * hit + 1).sum())
-        gaps += calibration_gaps(logits, labels)
+        brier += float((squares - 2 * hit + 1).sum())
+        gaps += calibration_gaps(sure, chosen)
     if count == 0:
         raise ValueError("a set to be measured must hold at least one labelled example; it is empty.")
     return SetMeasures(
@@ -107,6 +121,13 @@ def measure_predictions(parts: Iterable[Prediction]) -> SetMeasures:
         calibration_error=float(gaps.abs().sum()) / count,
         brier=brier / count,
     )
+
+
+def _slices(parts: Iterable[Prediction]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Logits and labels, so many rows at a time that their probabilities fit in memory."""
+    for logits, labels, _ in parts:
+        size = max(1, PROBABILITIES_AT_ONCE // logits.shape[-1])
+        yield from zip(logits.split(size), labels.split(size), strict=True)
 
 
 def measure_set(model: nn.Module, examples: Examples, batch_size: int = 256) -> SetMeasures:
@@ -131,7 +152,7 @@ def measure_privacy(
         near = nearest_rows(protected.inputs, test.inputs)
         neighbours = measure_set(model, test.take(near), batch_size)
     return PrivacyMeasures(
-        classes=predict_all(model, protected.take(slice(0, 1))).logits.shape[-1],
+        num_classes=predict_all(model, protected.take(slice(0, 1))).logits.shape[-1],
         protected=measure_set(model, protected, batch_size),
         retained=measure_set(model, retained, batch_size),
         test=None if test is None else measure_set(model, test, batch_size),

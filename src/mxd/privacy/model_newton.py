@@ -12,7 +12,7 @@ from torch.func import functional_call
 
 from mxd.privacy.certificate import Bound, Certificate, Constant
 from mxd.privacy.certify import CertifyConfig
-from mxd.privacy.examples import Examples, predict, require_logits, require_sets
+from mxd.privacy.examples import Examples, device_of, predict, require_logits, require_sets
 from mxd.privacy.newton import (
     EXACT_PARAMETERS,
     AutogradObjective,
@@ -61,6 +61,8 @@ def newton_step_model(
 ) -> ModelStep:
     """Take at most `config.warm_up` damped Newton steps on M_θ and one full one, on a float64 copy of any classifier.
 
+    The copy computes on the model's device, or on the CPU where that device has no float64.
+
     The Hessian is exact up to `EXACT_PARAMETERS` trained weights; beyond, products with it and conjugate gradients; or
     the full step is estimated from samples. The model computes in evaluation mode. No noise is added: the curvature of
     a model whose logits are not linear in its weights is known at single points only, so nothing is certified. For one
@@ -108,7 +110,9 @@ class ModelObjective(AutogradObjective):
     def __init__(
         self, model: nn.Module, protected: Examples, retained: Examples, config: CertifyConfig, batch_size: int
     ) -> None:
-        self._model = copy.deepcopy(model).double().eval()
+        given = device_of(model)
+        self._device = torch.device("cpu") if given.type == "mps" else given
+        self._model = copy.deepcopy(model).to(self._device).double().eval()
         self._names = [name for name, parameter in self._model.named_parameters() if parameter.requires_grad]
         if not self._names:
             raise ValueError("at least one weight of the model must require a gradient; none does.")
@@ -150,7 +154,7 @@ class ModelObjective(AutogradObjective):
         parameters = dict(moved.named_parameters())
         with torch.no_grad():
             for name, value in self._unpack(w).items():
-                parameters[name].copy_(value)
+                parameters[name].copy_(value.to(parameters[name].dtype))
         return moved
 
     def _part(self, role: int, batch: Examples, divisor: int | float) -> Part:
@@ -158,7 +162,7 @@ class ModelObjective(AutogradObjective):
         theta, kind = self._config.theta, self._config.uniformity
 
         def part(w: Tensor) -> Tensor:
-            found = predict(_At(self._model, self._unpack(w)), batch)
+            found = predict(_At(self._model, self._unpack(w)), batch.to(self._device))
             if role == 0:
                 return theta / divisor * uniformity_losses(found.logits, kind).sum()
             return (1 - theta) / divisor * accuracy_losses(found.logits, found.labels).sum()

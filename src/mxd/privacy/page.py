@@ -86,7 +86,7 @@ def make_cases(
     after: nn.Module,
     protected: Examples,
     *,
-    classes: Sequence[str] = (),
+    class_names: Sequence[str] = (),
     texts: Sequence[str] = (),
     count: int = CASES,
 ) -> list[Case]:
@@ -98,7 +98,7 @@ def make_cases(
         before: The model as given.
         after: The model with uncertainty.
         protected: The protected examples.
-        classes: Names of the classes; numbers unless given.
+        class_names: Names of the classes; numbers unless given.
         texts: What the rows of text say.
         count: Instances, at most.
     """
@@ -107,7 +107,7 @@ def make_cases(
         # One at a time: with a vocabulary for classes, a row's predictions are large.
         told = [predict_all(model, protected.take(slice(row, row + 1))) for model in (before, after)]
         p_before, p_after = (found.logits[0].softmax(-1) for found in told)
-        cases.append(_case(p_before, p_after, protected, row, int(told[0].labels[0]), classes, texts))
+        cases.append(_case(p_before, p_after, protected, row, int(told[0].labels[0]), class_names, texts))
     return cases
 
 
@@ -117,14 +117,14 @@ def _case(
     examples: Examples,
     row: int,
     label: int,
-    classes: Sequence[str],
+    class_names: Sequence[str],
     texts: Sequence[str],
 ) -> Case:
     number = len(before)
     shown = range(number) if number <= _BARS else sorted(before.topk(_BARS).indices.tolist())
     bars = [
         Bar(
-            (classes[c] if c < len(classes) else str(c)).translate(VISIBLE),
+            (class_names[c] if c < len(class_names) else str(c)).translate(VISIBLE),
             float(before[c]),
             float(after[c]),
             c == label,
@@ -212,7 +212,7 @@ def _measure_lines(section: Section) -> list[_Line]:
             "largest_confidence_distance",
             share=False,
         ),
-        *line("Protected: accuracy", f"Guessing gives {_percent(1 / before.classes)}", "protected", "accuracy"),
+        *line("Protected: accuracy", f"Guessing gives {_percent(1 / before.num_classes)}", "protected", "accuracy"),
         *line("Retained: accuracy", "On examples that should not change", "retained", "accuracy"),
         *line("Test: accuracy", "On examples that no training has seen", "test", "accuracy"),
         *line("Neighbours: accuracy", "On the test example nearest to each protected one", "neighbours", "accuracy"),

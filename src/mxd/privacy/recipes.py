@@ -18,7 +18,7 @@ class PrivacyRecipe:
     """What the model was trained on."""
     architecture: Literal["resnet-50", "vit-b-16"]
     """What the model is."""
-    classes: int
+    num_classes: int
     """Number of classes."""
     protected: int
     """Size of the protected set, drawn uniformly from the training set."""
@@ -30,8 +30,10 @@ class PrivacyRecipe:
         from transformers import ResNetConfig, ResNetForImageClassification, ViTConfig, ViTForImageClassification
 
         if self.architecture == "resnet-50":
-            return ResNetForImageClassification(cast(Any, ResNetConfig)(num_labels=self.classes))
-        return ViTForImageClassification(cast(Any, ViTConfig)(num_labels=self.classes, image_size=224, patch_size=16))
+            return ResNetForImageClassification(cast(Any, ResNetConfig)(num_labels=self.num_classes))
+        return ViTForImageClassification(
+            cast(Any, ViTConfig)(num_labels=self.num_classes, image_size=224, patch_size=16)
+        )
 
 
 def _config(
@@ -65,35 +67,35 @@ PRIVACY_RECIPES = {
     "cifar10-resnet50": PrivacyRecipe(
         dataset="CIFAR-10",
         architecture="resnet-50",
-        classes=10,
+        num_classes=10,
         protected=100,
         config=_config(theta=0.75, min_accuracy=0.87),
     ),
     "cifar10-resnet50-theta95": PrivacyRecipe(
         dataset="CIFAR-10",
         architecture="resnet-50",
-        classes=10,
+        num_classes=10,
         protected=100,
         config=_config(theta=0.95, min_accuracy=0.80),
     ),
     "cifar100-resnet50": PrivacyRecipe(
         dataset="CIFAR-100",
         architecture="resnet-50",
-        classes=100,
+        num_classes=100,
         protected=5000,
         config=_config(theta=0.75, min_accuracy=0.87),
     ),
     "cifar100-resnet50-theta95": PrivacyRecipe(
         dataset="CIFAR-100",
         architecture="resnet-50",
-        classes=100,
+        num_classes=100,
         protected=100,
         config=_config(theta=0.95, steps=100, min_accuracy=0.87),
     ),
     "cifar100-vit-b16": PrivacyRecipe(
         dataset="CIFAR-100",
         architecture="vit-b-16",
-        classes=100,
+        num_classes=100,
         protected=100,
         config=_config(theta=0.75, steps=60, lr=1e-3, weight_decay=0.05, min_accuracy=0.86),
     ),
@@ -108,5 +110,5 @@ def find_privacy_recipe(name: str) -> PrivacyRecipe:
         ValueError: If there is none.
     """
     if name not in PRIVACY_RECIPES:
-        raise ValueError(f"recipe must be one of {', '.join(PRIVACY_RECIPES)}; got {name!r}.")
+        raise ValueError(f"recipe must be one of {', '.join(PRIVACY_RECIPES)}; got {name!r}; --recipe list shows them.")
     return PRIVACY_RECIPES[name]

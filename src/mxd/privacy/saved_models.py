@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from mxd.atomic import partial_path
-from mxd.models.loading import load_language_model, load_tokenizer, require_device
+from mxd.models.loading import load_language_model, load_tokenizer, resolve_device
 from mxd.privacy.classifiers import CONFIG_FILE, PixelNormalization, is_classifier, load_classifier, save_classifier
 from mxd.privacy.text_examples import TextReader, TextTask
 
@@ -36,25 +36,25 @@ class SavedModel:
     """It, in evaluation mode, all its weights requiring gradients; images go in as pixels from 0 to 1."""
     reader: TextReader | None
     """How text becomes what it reads; None where it reads numbers."""
-    classes: tuple[str, ...]
+    class_names: tuple[str, ...]
     """Names of its classes where it has any."""
     write: Callable[[Path, nn.Module], None]
     """Writes a tuned copy of `model` into a folder, in the form that it was read in."""
 
 
-def load_model(model: str, *, device: str = "cpu", max_tokens: int = 512) -> SavedModel:
+def load_model(model: str, *, device: str = "auto", max_tokens: int = 512) -> SavedModel:
     """Load a classifier of ours, or a transformers model for sequences, tokens, images or causal language modelling.
 
     Args:
         model: A folder; for transformers models also a hub id, or `bundled`.
-        device: Where to put it.
+        device: Where to put it; `auto` takes an accelerator if there is one.
         max_tokens: Longest text that it is given.
 
     Raises:
         FileNotFoundError: If there is no such model.
         ValueError: If it is damaged or of another kind, or the device cannot be used.
     """
-    require_device(device)
+    device = resolve_device(device)
     folder = Path(model).expanduser()
     if is_classifier(folder):
         loaded = load_classifier(folder)
@@ -62,7 +62,7 @@ def load_model(model: str, *, device: str = "cpu", max_tokens: int = 512) -> Sav
         return SavedModel(
             model=ours,
             reader=None,
-            classes=loaded.class_names,
+            class_names=loaded.class_names,
             write=lambda out, tuned: save_classifier(out, loaded.config, tuned, loaded.class_names),
         )
     architecture = _architecture(model, folder)
@@ -97,7 +97,7 @@ def load_model(model: str, *, device: str = "cpu", max_tokens: int = 512) -> Sav
     return SavedModel(
         model=cast(nn.Module, found).eval().requires_grad_(True),
         reader=TextReader(tokenizer, task, max_tokens, _padding(found)),
-        classes=() if task == "causal" else _class_names(found),
+        class_names=() if task == "causal" else _class_names(found),
         write=write,
     )
 
@@ -116,7 +116,9 @@ def _image_model(folder: Path, device: str) -> SavedModel:
 
         _write_folder(out, fill)
 
-    return SavedModel(model=whole.eval().requires_grad_(True), reader=None, classes=_class_names(found), write=write)
+    return SavedModel(
+        model=whole.eval().requires_grad_(True), reader=None, class_names=_class_names(found), write=write
+    )
 
 
 def _write_folder(out: Path, fill: Callable[[Path], None]) -> None:

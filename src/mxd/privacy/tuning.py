@@ -13,7 +13,7 @@ import tyro
 from torch import Tensor, nn
 
 from mxd.atomic import JSON
-from mxd.privacy.examples import Examples, Prediction
+from mxd.privacy.examples import Examples, Prediction, fitting_batch
 from mxd.privacy.fitting import warmup_and_cosine
 from mxd.privacy.gradients import dot, mean_gradient, project_onto_ball_, symmetric_surgery
 from mxd.privacy.measures import measure_set
@@ -39,7 +39,7 @@ class InduceConfig:
     protected_batch: int | None = None
     """Protected examples a step; all of them unless given."""
     micro_batch: int = 256
-    """Examples in memory at a time; changes nothing but rounding."""
+    """Examples in memory at a time, fewer where classes are a whole vocabulary; changes nothing but rounding."""
     optimizer: Literal["sgd", "adam"] = "sgd"
     """SGD with momentum, or Adam."""
     lr: float = 0.1
@@ -71,19 +71,19 @@ class InduceConfig:
         for name in ("steps", "retained_batch", "protected_batch", "micro_batch", "check_every", "patience"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1; got {value}.")
+                raise ValueError(f"{name.replace('_', '-')} must be at least 1; got {value}.")
         for name in ("lr", "max_norm"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
-                raise ValueError(f"{name} must be a number above 0; got {value}.")
+                raise ValueError(f"{name.replace('_', '-')} must be a number above 0; got {value}.")
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum must lie in [0, 1); got {self.momentum}.")
         if not 0 < self.validation_fraction < 1:
-            raise ValueError(f"validation_fraction must lie between 0 and 1; got {self.validation_fraction}.")
+            raise ValueError(f"validation-fraction must lie between 0 and 1; got {self.validation_fraction}.")
         for name in ("max_accuracy_drop", "min_accuracy", "target_distance"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
-                raise ValueError(f"{name} must lie in [0, 1]; got {value}.")
+                raise ValueError(f"{name.replace('_', '-')} must lie in [0, 1]; got {value}.")
 
 
 class Check(NamedTuple):
@@ -133,6 +133,8 @@ class Tuning:
         self.sets, self.config, self.done = sets, config, 0
         self._named = {name: value for name, value in self.model.named_parameters() if value.requires_grad}
         self._parameters = list(self._named.values())
+        pair = (sets.protected, sets.retained)
+        self._micro_batch = min(fitting_batch(self.model, examples, config.micro_batch) for examples in pair)
         if config.optimizer == "sgd":
             self._optimizer: torch.optim.Optimizer = torch.optim.SGD(
                 self._parameters, config.lr, momentum=config.momentum
@@ -149,7 +151,7 @@ class Tuning:
 
     def step(self) -> dict[str, float]:
         """Take one step, look at the model where that is due, and return what there is to log."""
-        objective, batch = self.config.objective, self.config.micro_batch
+        objective, batch = self.config.objective, self._micro_batch
         protected, retained = self._batch("protected"), self._batch("retained")
         theta = objective.theta
 

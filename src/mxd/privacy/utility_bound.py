@@ -95,19 +95,6 @@ def noise_cost(sigma: float, trace: float, mean_square: float) -> float:
     return sigma**2 / 2 * trace * mean_square
 
 
-def uniform_theta(target: float, num_classes: int) -> float:
-    """Return the θ from which on every minimiser of M_θ has L_K ≤ target, for any model that can be uniform at w = 0.
-
-    M_θ(w_θ) ≤ M_θ(0) = (1−θ) ln Y gives L_K(w_θ) ≤ (1−θ)/θ · ln Y, so θ = ln Y / (ln Y + target).
-
-    Raises:
-        ValueError: If the target is not above 0, or there are fewer than two classes.
-    """
-    if not (target > 0 and num_classes >= 2):
-        raise ValueError(f"target must be above 0 and there must be 2 classes; got {target} and {num_classes}.")
-    return math.log(num_classes) / (math.log(num_classes) + target)
-
-
 def largest_confidence_distance(uniformity: float, kind: Uniformity, num_classes: int) -> float:
     """Return the largest mean confidence distance, mean of max_c p_c − 1/Y, that a mean L_K leaves possible.
 

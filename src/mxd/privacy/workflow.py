@@ -10,14 +10,17 @@ from torch import nn
 
 from mxd.atomic import JSON, write_json_atomically
 from mxd.privacy.data_files import ColumnNames, FileSets, read_sets
-from mxd.privacy.examples import Examples, require_logits, require_sets, require_usable
+from mxd.privacy.examples import Examples, device_of, require_logits, require_sets, require_usable
 from mxd.privacy.inducing import induce_uncertainty
 from mxd.privacy.measures import PrivacyMeasures, measure_privacy
 from mxd.privacy.page import Case, Section, make_cases, write_page
 from mxd.privacy.pareto_front import Front, FrontPoint, write_front
 from mxd.privacy.saved_models import SavedModel, load_model
 from mxd.privacy.tuning import InduceConfig, Induced
+from mxd.runs.determinism import reserve_workspace
 
+MEASURED_AT_ONCE = 64
+"""Examples in memory at a time when a model is measured, unless fewer are asked for."""
 RESULT_FILE, PAGE_FILE, MODEL_FOLDER = "privacy.json", "report.html", "model"
 LEDE = (
     "What a model says of protected instances before and after its weights were made uncertain on them, "
@@ -39,10 +42,8 @@ class PrivacyFiles:
     """Examples that neither training nor the choice of a model sees, for the report."""
     validation: Path | None = None
     """Examples to choose the model by; a part of the retained ones unless given."""
-    device: str = "cpu"
-    """Where to run."""
-    batch: int = 64
-    """Examples in memory at a time when the model is measured; fewer where classes are a whole vocabulary."""
+    device: str = "auto"
+    """`auto` (an accelerator if there is one), `cpu`, `cuda`, `mps` …"""
     max_tokens: int = 512
     """Longest text; what is longer is cut."""
 
@@ -53,6 +54,11 @@ class PrivacyRequest(NamedTuple):
     files: PrivacyFiles
     saved: SavedModel
     data: FileSets
+
+    @property
+    def device(self) -> str:
+        """Where the model is."""
+        return str(device_of(self.saved.model))
 
     @property
     def protected(self) -> Examples:
@@ -97,6 +103,7 @@ def read_request(files: PrivacyFiles, columns: ColumnNames | None = None) -> Pri
         FileNotFoundError: If the model or a file does not exist.
         ValueError: If one cannot be read, sets are empty or overlap, or labels or shapes do not fit the model.
     """
+    reserve_workspace()
     saved = load_model(files.model, device=files.device, max_tokens=files.max_tokens)
     named = {
         "protected": files.protected,
@@ -105,18 +112,19 @@ def read_request(files: PrivacyFiles, columns: ColumnNames | None = None) -> Pri
         "validation": files.validation,
     }
     paths = {name: path for name, path in named.items() if path is not None}
-    data = read_sets(paths, columns=columns, reader=saved.reader, classes=saved.classes)
+    data = read_sets(paths, columns=columns, reader=saved.reader, class_names=saved.class_names)
     request = PrivacyRequest(files, saved, data)
     for name, examples in data.sets.items():
         require_usable(name, examples)
     for first, second in combinations(data.sets, 2):
         require_sets(data.sets[first], data.sets[second], (first, second))
     for name, examples in data.sets.items():
-        classes = require_fit(saved.model, examples, name)
-        if data.classes and not saved.classes and len(data.classes) != classes:
+        num_classes = require_fit(saved.model, examples, name)
+        if data.class_names and not saved.class_names and len(data.class_names) != num_classes:
             raise ValueError(
-                f"the model must know the order of its {classes} classes where labels are names; it was saved without "
-                f"names, and the files have {len(data.classes)} ({', '.join(data.classes[:5])}); number the labels."
+                f"the model must know the order of its {num_classes} classes where labels are names; it was saved "
+                f"without names, and the files have {len(data.class_names)} ({', '.join(data.class_names[:5])}); "
+                "number the labels."
             )
     return request
 
@@ -138,14 +146,14 @@ def require_fit(model: nn.Module, examples: Examples, name: str) -> int:
         ) from error
 
 
-def measure_request(request: PrivacyRequest, model: nn.Module) -> PrivacyMeasures:
-    """Measure a model on the request's sets."""
+def measure_request(request: PrivacyRequest, model: nn.Module, micro_batch: int = MEASURED_AT_ONCE) -> PrivacyMeasures:
+    """Measure a model on the request's sets, so many examples in memory at a time."""
     return measure_privacy(
         model,
         protected=request.protected,
         retained=request.retained,
         test=request.optional("test"),
-        batch_size=request.files.batch,
+        batch_size=micro_batch,
     )
 
 
@@ -171,7 +179,9 @@ def induce_into(
         run=out,
         resume=resume,
     )
-    outcome = InduceOutcome(induced, measure_request(request, saved.model), measure_request(request, induced.model))
+    size = min(MEASURED_AT_ONCE, config.micro_batch)
+    before, after = (measure_request(request, model, size) for model in (saved.model, induced.model))
+    outcome = InduceOutcome(induced, before, after)
     saved.write(out / MODEL_FOLDER, induced.model)
     write_json_atomically(out / RESULT_FILE, outcome.to_json())
     section = Section(
@@ -207,7 +217,7 @@ def cases_of(request: PrivacyRequest, after: nn.Module) -> list[Case]:
         request.saved.model,
         after,
         request.protected,
-        classes=request.data.classes or request.saved.classes,
+        class_names=request.data.class_names or request.saved.class_names,
         texts=request.data.shown["protected"],
     )
 

@@ -16,13 +16,13 @@ import torch
 from mxd.kernels.routing import BLOCK_BYTES, BLOCK_BYTES_ELSEWHERE
 from mxd.layers import BatchTopK, SparseLayerConfig, TopK
 from mxd.memory import available_memory
-from mxd.models import MlpSite
+from mxd.models import MlpSite, resolve_device
 from mxd.quantities import gib
 from mxd.training.config import TrainConfig
 from mxd.training.grid import StudentPlan, plan_students
 from mxd.training.machine import product_speed
 from mxd.training.plan import Plan, buffer_bytes
-from mxd.training.resources import Resources, resolve_device, resolve_resources, resolve_threads
+from mxd.training.resources import Resources, resolve_resources, resolve_threads
 from mxd.training.shapes import ModelShape
 from mxd.training.streams import forward_contexts
 from mxd.training.student import random_ks

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import torch
 
 from mxd.kernels.backends import Backend, backend
-from mxd.models import resolve_device as resolve_device
 from mxd.training.config import TrainConfig
 
 WIDTH_FOR_BFLOAT16 = 256
