@@ -50,6 +50,7 @@ def config(llama: Path, text: Path) -> TrainConfig:
         lr=1e-2,
         dead_tokens=256,
         threads=1,
+        device="cpu",
     )
 
 

@@ -147,7 +147,9 @@ def test_a_row_that_every_token_names_counts_each(others: int, device: str) -> N
     values = torch.ones(tokens, 2, dtype=torch.bfloat16, device=device)
     indices = torch.tensor([[3, 1]], device=device).repeat(tokens, 1)
     indices[:others, 0] = 0
-    sums = triton_tables.row_sums(values, turned(indices, 5), torch.ones(tokens, 3, dtype=torch.bfloat16, device=device))
+    sums = triton_tables.row_sums(
+        values, turned(indices, 5), torch.ones(tokens, 3, dtype=torch.bfloat16, device=device)
+    )
     counts = torch.tensor([others, tokens, 0, tokens - others, 0], dtype=torch.bfloat16, device=device)
     assert torch.equal(sums, counts[:, None].expand(5, 3))
 
