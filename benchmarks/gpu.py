@@ -287,7 +287,7 @@ def main(options: Options) -> None:
         loops[name] = Loop(
             statistics.median(loop.seconds for loop in repeats), max(loop.peak_bytes for loop in repeats)
         )
-    # Selections of the constants' values are the torch backend's.
+    # What `settings` times belongs to the torch backend.
     backends.set_backend("torch")
     generator = torch.Generator().manual_seed(2)
     x, target = torch.randn(2, options.tokens, width, generator=generator).to(options.device)
