@@ -2,7 +2,11 @@
 
     make bench-gpu
     python benchmarks/gpu.py --layer 8 --k 32 --tokens 4096
-    python benchmarks/gpu.py --device cpu --small --steps 2 --seconds 0.05     # whether the script works
+
+Whether the script works can be seen on a CPU, in Triton's interpreter:
+
+    TRITON_INTERPRET=1 python benchmarks/gpu.py --device cpu --small --layer 1 --num-experts 600 --k 8 --tokens 32 \\
+        --forward-tokens 256 --steps 1 --rounds 1 --name gpu-small
 
 GPT-2 124M's shape with random weights (timing does not need trained ones) in bfloat16, one MxD of 21,490 experts at
 layer 8. The loop is the library's own stream, prefetched, and `Student.step`, without logging and snapshots. The dense

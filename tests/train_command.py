@@ -22,12 +22,12 @@ class Ended(NamedTuple):
     said: str
 
 
-def arguments_of(model: Path, text: Path, device: str = "cpu") -> list[str]:
+def arguments_of(model: Path, text: Path) -> list[str]:
     return [
         *("train", "--model", str(model), "--text", str(text), "--layer", "0", "1", "--kind", "mxd", "topk-sae"),
         *("--k", "4", "--num-latents", "24", "--tokens", str(STEPS * 32), "--batch-tokens", "32", "--lr", "0.01"),
         *("--context", "16", "--buffer-tokens", str(BLOCK * 32), "--threads", "1", "--snapshot-every", "0"),
-        *("--device", device),
+        *("--device", "cpu"),
     ]
 
 
