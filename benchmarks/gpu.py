@@ -1,11 +1,11 @@
-"""Training on one GPU: milliseconds a step with the model pass included, what they consist of, and which kernels win.
+r"""Training on one GPU: milliseconds a step with the model pass included, what they consist of, and which kernels win.
 
     make bench-gpu
     python benchmarks/gpu.py --layer 8 --k 32 --tokens 4096
 
 Whether the script works can be seen on a CPU, in Triton's interpreter:
 
-    TRITON_INTERPRET=1 python benchmarks/gpu.py --device cpu --small --layer 1 --num-experts 600 --k 8 --tokens 32 \\
+    TRITON_INTERPRET=1 python benchmarks/gpu.py --device cpu --small --layer 1 --num-experts 600 --k 8 --tokens 32 \
         --forward-tokens 256 --steps 1 --rounds 1 --name gpu-small
 
 GPT-2 124M's shape with random weights (timing does not need trained ones) in bfloat16, one MxD of 21,490 experts at
