@@ -269,7 +269,9 @@ def test_a_cuda_device_and_its_host_are_charged_apart(monkeypatch: pytest.Monkey
     monkeypatch.setattr(estimate, "available_memory", free.get)
     assert require_memory(on_cuda) == free["cuda"]
     free["cpu"] -= 1
-    with pytest.raises(ValueError, match=r"in the host's memory too.*and a shard of the cache: an estimated 1\.\d+ GiB"):
+    with pytest.raises(
+        ValueError, match=r"in the host's memory too.*and a shard of the cache: an estimated 1\.\d+ GiB"
+    ):
         require_memory(on_cuda)
     free |= {"cpu": 2**50, "cuda": memory(on_cuda).total - 1}
     with pytest.raises(ValueError, match=r"must fit in memory; .* available on cuda; the largest grid"):
