@@ -7,6 +7,8 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 MODEL_RUN := build/bundled-model
 MODEL := src/mxd/bundled/model
+ON_GPU = HF_HUB_OFFLINE=1 $(if $(GPU_PYTHON),PYTHONPATH=src:build/gpu:$$PYTHONPATH $(GPU_PYTHON),$(BIN)/python)
+GPU_TESTS = $(shell grep -l -e on_gpu -e on_every_device -e mark.gpu tests/test_*.py)
 HARDWARE ?= $(shell getconf _NPROCESSORS_ONLN) CPU cores
 DATE ?= $(shell date +%F)
 
@@ -41,9 +43,16 @@ bench: $(INSTALLED) ## Measure training and inference on this machine's CPU (an 
 	$(BIN)/python benchmarks/end_to_end.py
 	$(BIN)/python benchmarks/precision.py
 
-bench-gpu: $(INSTALLED) ## Test the Triton kernels on a CUDA GPU and measure training there (under 8 minutes).
-	HF_HUB_OFFLINE=1 $(BIN)/pytest -m gpu
-	$(BIN)/python benchmarks/gpu.py
+# GPU_PYTHON names an interpreter that has torch, mxd's other dependencies and pytest, hypothesis, jaxtyping and beartype;
+# then nothing is installed: mxd is taken from src, and its version from a file that stands for an installation.
+bench-gpu: $(if $(GPU_PYTHON),,$(INSTALLED)) ## Test what needs a CUDA GPU and measure training there (under 8 minutes).
+	@mkdir -p build/gpu/mxd.dist-info
+	@sed -n 's/^version = "\(.*\)"/Metadata-Version: 2.1\nName: mxd\nVersion: \1/p' pyproject.toml \
+		> build/gpu/mxd.dist-info/METADATA
+	@$(ON_GPU) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make bench-gpu needs a CUDA device; torch " \
+		+ torch.__version__ + " of " + sys.executable + " finds none. With another torch: make bench-gpu GPU_PYTHON=PATH")'
+	$(ON_GPU) -m pytest -m gpu $(GPU_TESTS)
+	$(ON_GPU) benchmarks/gpu.py
 
 bundled-model: $(INSTALLED) ## Train the bundled model (hours), or go on where training stopped, and write its card.
 	$(BIN)/python scripts/train_bundled_model.py --out $(MODEL_RUN) $(if $(wildcard $(MODEL_RUN)),--resume)

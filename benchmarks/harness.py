@@ -98,12 +98,23 @@ def machine() -> dict[str, object]:
     }
     if torch.cuda.is_available():
         described["gpu"] = torch.cuda.get_device_name()
+        described["cuda"] = torch.version.cuda
+        described["driver"] = _driver()
     for package in REPORTED_VERSIONS:
         try:
             described[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
     return described
+
+
+def _driver() -> str:
+    """Return the version of NVIDIA's driver, or `unknown`."""
+    try:
+        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return "unknown"
 
 
 def print_table(rows: Sequence[Mapping[str, object]], title: str) -> None:

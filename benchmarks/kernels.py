@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from harness import machine, measure, median_wall, print_table, write_report
 from mxd.kernels import backends, products, routing, selection, torch_tables
+from mxd.kernels.turned import turned
 from mxd.layers import MixtureOfDecoders, MixtureOfDecodersConfig
 from mxd.losses import distillation_loss
 from mxd.training.optimizer import adamw, project_gradients_, renormalize_
@@ -144,7 +145,10 @@ def table_gathers(options: Options) -> Iterator[Comparison]:
     yield Comparison("row_dots", {"embedding_bag's derivative": row_dots, "gather and bmm": by_bmm})
     weighted = functools.partial(torch_tables.weighted_rows, values, indices, table)
     yield Comparison("weighted_rows", {"embedding_bag": weighted, "dense code": lambda: dense_code() @ table})
-    sums = functools.partial(torch_tables.row_sums, values, indices, dense, N)
+
+    def sums() -> Tensor:
+        return torch_tables.row_sums(values, turned(indices, N), dense)
+
     yield Comparison("row_sums", {"sort and embedding_bag": sums, "index_add_ of contributions": added})
 
 

@@ -19,6 +19,7 @@ from mxd.training.decompose import make_plan
 from mxd.training.estimate import (
     Workload,
     duration,
+    host_memory,
     largest_grid,
     memory,
     operations,
@@ -254,3 +255,24 @@ def test_what_fits_is_let_through(with_memory: Callable[[int | None], None]) -> 
     with_memory(memory(workload).total - 1)
     with pytest.raises(ValueError, match="must fit in memory"):
         require_memory(workload)
+
+
+def test_a_cuda_device_and_its_host_are_charged_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_cpu = replace(grid(), shard_bytes=2**30)
+    on_cuda = replace(on_cpu, resources=replace(on_cpu.resources, device="cuda"))
+    assert host_memory(on_cpu) == 0
+    assert host_memory(on_cuda) == memory(on_cuda).weights + memory(on_cuda).moments + 2**30
+    assert memory(on_cpu).buffer - memory(replace(on_cpu, shard_bytes=0)).buffer == 2**30
+    assert memory(on_cuda).buffer == memory(on_cpu).buffer - 2**30
+    assert memory(on_cuda).step == memory(on_cpu).step + estimate.CUDA_BYTES
+    free = {"cuda": memory(on_cuda).total, "cpu": host_memory(on_cuda)}
+    monkeypatch.setattr(estimate, "available_memory", free.get)
+    assert require_memory(on_cuda) == free["cuda"]
+    free["cpu"] -= 1
+    with pytest.raises(
+        ValueError, match=r"in the host's memory too.*and a shard of the cache: an estimated 1\.\d+ GiB"
+    ):
+        require_memory(on_cuda)
+    free |= {"cpu": 2**50, "cuda": memory(on_cuda).total - 1}
+    with pytest.raises(ValueError, match=r"must fit in memory; .* available on cuda; the largest grid"):
+        require_memory(on_cuda)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mxd.kernels import dots, mix, reference, route, routing, torch_tables
+from mxd.kernels.turned import turned
 from mxd.layers import (
     LAYERS,
     MixtureOfDecodersConfig,
@@ -94,6 +95,65 @@ def test_dots_equals_the_reference(
         assert_same(
             dense_gradients((actual * cotangent).sum(), leaves), dense_gradients((expected * cotangent).sum(), leaves)
         )
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    tokens=st.integers(0, 40),
+    k=sizes,
+    n=sizes,
+    d=sizes,
+    run=st.sampled_from([1, 2, 5, 64]),
+    popular=st.sampled_from([0.0, 0.5, 1.0]),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
+    seed=seeds,
+)
+def test_sums_of_runs_equal_the_reference(
+    tokens: int, k: int, n: int, d: int, run: int, popular: float, dtype: torch.dtype, seed: int
+) -> None:
+    """What a CUDA device uses; rows that nobody names and one that all tokens name are among the examples."""
+    generator = torch.Generator().manual_seed(seed)
+    indices = torch.randint(n, (tokens, k), generator=generator)
+    indices[torch.rand(tokens, k, generator=generator) < popular] = n // 2
+    values, dense = (normal(tokens, size, seed=seed + size).detach().to(dtype) for size in (k, d))
+    named = turned(indices, n)
+    weights = values.flatten()[named.order]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch_tables, "RUN", run)
+        actual = torch_tables.sums_by_runs(weights, named.tokens, named.bounds[:-1], dense)
+    code = torch.zeros(tokens, n, dtype=torch.float64).scatter_add(1, indices, values.double())
+    assert actual.dtype == dtype
+    rtol, atol = {torch.float64: (1e-12, 1e-12), torch.float32: (1e-5, 1e-5), torch.bfloat16: (2**-8, 1e-5)}[dtype]
+    torch.testing.assert_close(actual.double(), code.t() @ dense.double(), rtol=rtol, atol=atol)
+
+
+def test_a_code_turned_around_is_sorted_by_row_and_then_by_place() -> None:
+    rows, order, tokens, bounds = turned(torch.tensor([[3, 0], [0, 3], [3, 3]]), 5)
+    assert rows.tolist() == [0, 0, 3, 3, 3, 3]
+    assert order.tolist() == [1, 2, 0, 3, 4, 5]
+    assert tokens.tolist() == [0, 1, 0, 1, 2, 2]
+    assert bounds.tolist() == [0, 2, 2, 2, 6, 6]
+
+
+def test_a_backward_pass_sorts_a_code_once() -> None:
+    x, weight, bias = normal(4, 5), normal(5, 6), normal(6)
+    values, _ = route(x, weight, bias, 2)
+    counted = Mock(wraps=turned)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(routing, "turned", counted)
+        torch.autograd.grad(values.sum(), (x, weight, bias))
+    assert counted.call_count == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_gathering_product_of_a_gpu_takes_every_type(dtype: torch.dtype) -> None:
+    dense, table = normal(7, 5).detach().to(dtype), normal(9, 5, seed=1).detach()
+    indices = torch.randint(9, (7, 3), generator=torch.Generator().manual_seed(0))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch_tables, "_has_gathering_dot", Mock(return_value=True))
+        found = torch_tables.row_dots(dense, indices, table)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found, reference.dots(dense.double(), indices, table).to(dtype))
 
 
 @pytest.mark.parametrize("k", [1, 3, 6])

@@ -31,8 +31,9 @@ from tests.train_command import Trainer
 @pytest.fixture
 def config(llama: Path, text: Path) -> TrainConfig:
     return TrainConfig(
-        model=str(llama), text=(str(text),), layer=(0,), tokens=128, num_latents=8, k=(2,), batch_tokens=64, context=32
-    )
+        model=str(llama), text=(str(text),), layer=(0,), tokens=128, num_latents=8, k=(2,), batch_tokens=64, context=32,
+        device="cpu",
+    )  # fmt: skip
 
 
 def test_a_continued_run_reads_hub_repositories_at_the_commits_it_began_with(

@@ -51,10 +51,10 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def language_words(text: Path, model: Path, out: Path, *more: object) -> list[object]:
+def language_words(text: Path, model: Path, out: Path, *more: object, device: str = "cpu") -> list[object]:
     sizes = ["--d-model", 16, "--num-layers", 2, "--num-heads", 2, "--context", 16, "--batch-tokens", 64]
     sizes += ["--tokens", 64 * STEPS, "--eval-tokens", 160, "--eval-every", 5, "--num-experts", 4, "--threads", 1]
-    place = ["--text", text, "--tokenizer", model, "--out", out, "--precision", "float32"]
+    place = ["--text", text, "--tokenizer", model, "--out", out, "--precision", "float32", "--device", device]
     return ["pretrain", "--recipe", "stdlib-cp", *sizes, *place, *more]
 
 
@@ -62,6 +62,7 @@ def image_words(images: Path, out: Path, *more: object) -> list[object]:
     sizes = ["--image-size", 8, "--patch-size", 2, "--num-blocks", 2, "--d-model", 8, "--d-token", 10, "--threads", 1]
     sizes += ["--d-channel", 16, "--num-classes", 4, "--batch-images", 20, "--epochs", 2, "--num-experts", 3]
     place = ["--images", images, "--out", out, "--mixup", 0.5, "--stochastic-depth", 0.2, "--precision", "float32"]
+    place += ["--device", "cpu"]
     return ["pretrain", "--recipe", "mnist-tr", "--ring", 2, *sizes, *place, *more]
 
 

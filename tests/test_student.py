@@ -1,5 +1,6 @@
 """What a step of one student must keep to: the same weights each time, and each loss in its own place."""
 
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,9 +10,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mxd.kernels import dots
-from mxd.layers import LAYERS, LayerRequest, SelectionName, SparseLayer, Transcoder, TranscoderConfig
+from mxd.layers import LAYERS, LayerRequest, SelectionName, SparseLayer, SparseLayerOutput, Transcoder, TranscoderConfig
 from mxd.training.optimizer import project_gradients_
-from mxd.training.student import Student, StudentConfig
+from mxd.training.student import Student, StudentConfig, distillation
 
 WIDTH, LATENTS, TOKENS = 8, 128, 1024
 
@@ -92,6 +93,33 @@ def test_the_loss_on_dead_latents_teaches_nothing_that_latents_share(kind: str) 
         if name in plain:
             changed = (revived[name] != plain[name]).any(0).nonzero().flatten()
             assert set(changed.tolist()) <= set(range(5))
+
+
+def test_a_thread_that_leaves_autocast_changes_no_gradient() -> None:
+    """Threads share the cache of cast weights, of which each use here finds what the one before it has left."""
+
+    def leave_autocast() -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            pass
+
+    def gradients(*, visited: bool) -> list[Tensor]:
+        layer, generator = layer_of("mxd"), torch.Generator().manual_seed(2)
+        x, target = (torch.randn(64, WIDTH, generator=generator) for _ in range(2))
+
+        def twice(output: SparseLayerOutput, target: Tensor) -> Tensor:
+            if visited:
+                thread = threading.Thread(target=leave_autocast)
+                thread.start()
+                thread.join()
+            return distillation(output, target) + 0.3 * distillation(layer(x), target)
+
+        student = Student("s", 0, layer, StudentConfig(lr=1e-3), loss=twice)
+        student._add_gradients(x, target, layer.config.k, len(x), None, torch.bfloat16)
+        return [parameter.grad for parameter in layer.parameters() if parameter.grad is not None]
+
+    alone, beside = gradients(visited=False), gradients(visited=True)
+    assert len(alone) >= 5
+    assert all(torch.equal(one, other) for one, other in zip(alone, beside, strict=True))
 
 
 @pytest.mark.parametrize("selection", ["topk", "batch-topk", "l1"])

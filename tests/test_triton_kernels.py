@@ -15,6 +15,7 @@ from tests.kernel_inputs import seeds
 pytest.importorskip("triton", reason="Triton exists for Linux only")
 
 from mxd.kernels import triton_selection, triton_tables
+from mxd.kernels.turned import turned
 
 # On a GPU the kernels are compiled, elsewhere Triton's interpreter runs them (tests/__init__.py asks for it).
 DEVICES = [pytest.param("cuda", marks=pytest.mark.gpu)] if torch.cuda.is_available() else ["cpu"]
@@ -130,7 +131,7 @@ def test_row_sums_equal_the_reference(
     indices = named_rows(tokens, k, n, device, seed)
     with pytest.MonkeyPatch.context() as patch:
         patch_tile(patch, tile, chunk)
-        actual = triton_tables.row_sums(values, indices, dense, n + 1)
+        actual = triton_tables.row_sums(values, turned(indices, n + 1), dense)
     # The gradient of `mix` in its table, whose last row nobody names.
     table = torch.zeros(n + 1, d, dtype=torch.float64, device=device, requires_grad=True)
     reference.mix(values.double(), indices, table).backward(dense.double())
@@ -146,7 +147,9 @@ def test_a_row_that_every_token_names_counts_each(others: int, device: str) -> N
     values = torch.ones(tokens, 2, dtype=torch.bfloat16, device=device)
     indices = torch.tensor([[3, 1]], device=device).repeat(tokens, 1)
     indices[:others, 0] = 0
-    sums = triton_tables.row_sums(values, indices, torch.ones(tokens, 3, dtype=torch.bfloat16, device=device), 5)
+    sums = triton_tables.row_sums(
+        values, turned(indices, 5), torch.ones(tokens, 3, dtype=torch.bfloat16, device=device)
+    )
     counts = torch.tensor([others, tokens, 0, tokens - others, 0], dtype=torch.bfloat16, device=device)
     assert torch.equal(sums, counts[:, None].expand(5, 3))
 
@@ -163,7 +166,7 @@ def test_tables_need_not_be_contiguous(device: str) -> None:
     exact = reference.dots(dense, indices, table)
     assert_rounded_once(triton_tables.row_dots(dense, indices, table), exact, torch.float64)
     code = torch.zeros(3, 8, dtype=torch.float64, device=device).scatter_add(1, indices, values)
-    assert_rounded_once(triton_tables.row_sums(values, indices, dense, 8), code.t() @ dense, torch.float64)
+    assert_rounded_once(triton_tables.row_sums(values, turned(indices, 8), dense), code.t() @ dense, torch.float64)
 
 
 SCORES = ("normal", "two levels", "negative", "constant", "crowded", "special", "tiny")

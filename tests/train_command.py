@@ -21,6 +21,7 @@ def arguments_of(model: Path, text: Path) -> list[str]:
         *("train", "--model", str(model), "--text", str(text), "--layer", "0", "1", "--kind", "mxd", "topk-sae"),
         *("--k", "4", "--num-latents", "24", "--tokens", str(STEPS * 32), "--batch-tokens", "32", "--lr", "0.01"),
         *("--context", "16", "--buffer-tokens", str(BLOCK * 32), "--threads", "1", "--snapshot-every", "0"),
+        *("--device", "cpu"),
     ]
 
 
@@ -50,6 +51,7 @@ def small_grid(llama: Path, text: Path) -> TrainConfig:
         lr=1e-2,
         dead_tokens=256,
         threads=1,
+        device="cpu",
     )
 
 

@@ -1,7 +1,7 @@
 """Edits applied to codes, and to the layers that make them."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,6 +20,8 @@ class _Step(NamedTuple):
     """Which of the woken latents it names."""
     quiet: Int[Tensor, " quiet"]
     """Those that it names beside: they stay in the slots that they have."""
+    positions: Int[Tensor, " positions"] | None
+    """Where it applies, if that is a list of positions."""
 
 
 class _Plan(NamedTuple):
@@ -64,7 +66,7 @@ class CodeEditor:
         """
         plan = self._plan(code.values.device)
         values, indices = code
-        where = [None if step.edit.positions is None else self._mask(step.edit, code, positions) for step in plan.steps]
+        where = [None if step.edit.positions is None else _mask(step, code, positions) for step in plan.steps]
         columns = values.new_zeros(*values.shape[:-1], len(plan.woken))
         if len(plan.woken):
             place = torch.searchsorted(plan.woken, indices.contiguous()).clamp(max=len(plan.woken) - 1)
@@ -74,7 +76,7 @@ class CodeEditor:
                 moved &= torch.stack(masks).any(0)[..., None]
             columns = columns.scatter_add(-1, place, torch.where(moved, values, 0))
             values = torch.where(moved, 0, values)
-        for (edit, own, quiet), mask in zip(plan.steps, where, strict=True):
+        for (edit, own, quiet, _), mask in zip(plan.steps, where, strict=True):
             if len(own):
                 columns = columns.index_copy(-1, own, _apply(edit.operation, columns[..., own], mask))
             if len(quiet):
@@ -86,28 +88,36 @@ class CodeEditor:
         if device not in self._plans:
             awake = {latent for edit in self.edits if edit.wakes for latent in edit.latents}
             woken = {latent: column for column, latent in enumerate(sorted(awake))}
+
+            def whole(numbers: Iterable[int]) -> Tensor:
+                return torch.tensor(list(numbers), dtype=torch.int64, device=device)
+
             steps = [
                 _Step(
                     edit,
-                    torch.tensor([woken[n] for n in edit.latents if n in woken], dtype=torch.int64, device=device),
-                    torch.tensor([n for n in edit.latents if n not in woken], dtype=torch.int64, device=device),
+                    whole(woken[n] for n in edit.latents if n in woken),
+                    whole(n for n in edit.latents if n not in woken),
+                    None if edit.positions is None or isinstance(edit.positions, Span) else whole(edit.positions),
                 )
                 for edit in self.edits
             ]
-            self._plans[device] = _Plan(steps, torch.tensor(list(woken), dtype=torch.int64, device=device))
+            self._plans[device] = _Plan(steps, whole(woken))
         return self._plans[device]
 
-    def _mask(self, edit: Edit, code: SparseCode, positions: Tensor | None) -> Bool[Tensor, "*batch"]:
-        if positions is None or positions.shape != code.values.shape[:-1]:
-            found = "none" if positions is None else f"positions of shape {tuple(positions.shape)}"
-            raise ValueError(
-                "An edit at chosen positions needs the position of each row of the code, of shape "
-                f"{tuple(code.values.shape[:-1])}; got {found}. Use mxd.steering.steer, or edit everywhere."
-            )
-        if isinstance(edit.positions, Span):
-            mask = positions >= edit.positions.start
-            return mask if edit.positions.stop is None else mask & (positions < edit.positions.stop)
-        return torch.isin(positions, torch.tensor(edit.positions, device=positions.device))
+
+def _mask(step: _Step, code: SparseCode, positions: Tensor | None) -> Bool[Tensor, "*batch"]:
+    if positions is None or positions.shape != code.values.shape[:-1]:
+        found = "none" if positions is None else f"positions of shape {tuple(positions.shape)}"
+        raise ValueError(
+            "An edit at chosen positions needs the position of each row of the code, of shape "
+            f"{tuple(code.values.shape[:-1])}; got {found}. Use mxd.steering.steer, or edit everywhere."
+        )
+    span = step.edit.positions
+    if isinstance(span, Span):
+        mask = positions >= span.start
+        return mask if span.stop is None else mask & (positions < span.stop)
+    assert step.positions is not None
+    return torch.isin(positions, step.positions)
 
 
 def edit_code(

@@ -13,6 +13,7 @@ from mxd.kernels.products import product_by_rows
 from mxd.kernels.reference import route as reference_route
 from mxd.kernels.selection import largest
 from mxd.kernels.tables import gathers
+from mxd.kernels.turned import turned
 
 BLOCK_BYTES = {"cpu": 2**24}
 """Bytes of scores that are held at one time, by sort of device: the product is taken in blocks of rows, and each block
@@ -77,17 +78,18 @@ class _Route(torch.autograd.Function):
         x, weight, values, indices = ctx.saved_tensors
         wants = ctx.needs_input_grad
         kept = torch.where(values > 0, gradients[0], 0)
-        kernels, num_latents = gathers(x.device), weight.shape[1]
-        # A popular latent's sum over thousands of tokens stalls in bfloat16; index_add_ would be simpler, but not
-        # deterministic on CUDA.
-        ones = kept.new_ones(len(kept), 1, dtype=torch.promote_types(kept.dtype, torch.float32))
-        bias_gradient = kernels.row_sums(kept, indices, ones, num_latents)[:, 0].to(kept.dtype)
-        return (
-            kernels.weighted_rows(kept, indices, weight.t()).to(x.dtype) if wants[0] else None,
-            kernels.row_sums(kept, indices, x.to(weight.dtype), num_latents).t() if wants[1] else None,
-            bias_gradient if wants[2] else None,
-            None,
-        )
+        kernels = gathers(x.device)
+        named = turned(indices, weight.shape[1]) if wants[1] or wants[2] else None
+        weight_gradient = bias_gradient = None
+        if named is not None and wants[1]:
+            weight_gradient = kernels.row_sums(kept, named, x.to(weight.dtype)).t()
+        if named is not None and wants[2]:
+            # A popular latent's sum over thousands of tokens stalls in bfloat16; index_add_ would be simpler, but not
+            # deterministic on CUDA.
+            ones = kept.new_ones(len(kept), 1, dtype=torch.promote_types(kept.dtype, torch.float32))
+            bias_gradient = kernels.row_sums(kept, named, ones)[:, 0].to(kept.dtype)
+        x_gradient = kernels.weighted_rows(kept, indices, weight.t()).to(x.dtype) if wants[0] else None
+        return x_gradient, weight_gradient, bias_gradient, None
 
 
 def _selection(device: torch.device) -> Callable[[Tensor, int], tuple[Tensor, Tensor]]:

@@ -18,6 +18,7 @@ from mxd.kernels.backends import backend
 from mxd.kernels.reference import dots as reference_dots
 from mxd.kernels.reference import mix as reference_mix
 from mxd.kernels.torch_tables import row_dots, row_sums, weighted_rows
+from mxd.kernels.turned import Turned, turned
 
 
 def mix(
@@ -57,7 +58,7 @@ class Gathers(NamedTuple):
     """`mix` without a gradient."""
     row_dots: Callable[[Tensor, Tensor, Tensor], Tensor]
     """`dots` without a gradient."""
-    row_sums: Callable[[Tensor, Tensor, Tensor, int], Tensor]
+    row_sums: Callable[[Tensor, Turned, Tensor], Tensor]
     """Returns for each table row the sum of the tokens' vectors that name it, each times its value."""
 
 
@@ -89,7 +90,7 @@ class _Mix(torch.autograd.Function):
         return (
             kernels.row_dots(gradient, indices, table).to(values.dtype) if wants_values else None,
             None,
-            kernels.row_sums(values, indices, gradient, len(table)) if wants_table else None,
+            kernels.row_sums(values, turned(indices, len(table)), gradient) if wants_table else None,
         )
 
 
@@ -107,8 +108,9 @@ class _Dots(torch.autograd.Function):
         dense, indices, table = ctx.saved_tensors
         wants_dense, _, wants_table = ctx.needs_input_grad
         kernels = gathers(table.device)
+        named = turned(indices, len(table)) if wants_table else None
         return (
             kernels.weighted_rows(gradients[0], indices, table).to(dense.dtype) if wants_dense else None,
             None,
-            kernels.row_sums(gradients[0], indices, dense, len(table)).to(table.dtype) if wants_table else None,
+            None if named is None else kernels.row_sums(gradients[0], named, dense).to(table.dtype),
         )

@@ -17,6 +17,8 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mxd.kernels.turned import Turned
+
 TILE = 2048
 """Elements of a tile: 16 for each thread of 4 warps."""
 COLUMNS = 256
@@ -65,21 +67,17 @@ def row_dots(
 
 
 def row_sums(
-    values: Float[Tensor, "tokens k"], indices: Int[Tensor, "tokens k"], dense: Float[Tensor, "tokens d"], num_rows: int
+    values: Float[Tensor, "tokens k"], named: Turned, dense: Float[Tensor, "tokens d"]
 ) -> Float[Tensor, "num_rows d"]:
     """Return for each table row the sum of the tokens' vectors that name it, each times its value.
 
-    The pairs of a token and a row that it names are sorted by row. No program walks through more than two chunks of
-    pairs and its share of the chunks' sums, however popular a row is.
+    No program walks through more than two chunks of pairs and its share of the chunks' sums, however popular a row is.
     """
-    d, num_pairs = dense.shape[1], indices.numel()
+    d, num_pairs, num_rows = dense.shape[1], values.numel(), len(named.bounds) - 1
     sums = dense.new_empty(num_rows, d)
     if sums.numel() == 0 or num_pairs == 0:
         return sums.zero_()
-    # 32 bits take half the passes of a radix sort.
-    names, order = torch.sort(indices.flatten().to(torch.int32), stable=True)
-    bounds = torch.searchsorted(names, torch.arange(num_rows + 1, dtype=names.dtype, device=names.device))
-    weights, tokens, dense = values.flatten()[order], order // indices.shape[1], dense.contiguous()
+    weights, dense = values.flatten()[named.order], dense.contiguous()
     accumulator, rows, columns, warps = _tile(CHUNK, d, values, dense)
     chunk_type = torch.float64 if accumulator == tl.float64 else torch.float32
     chunk_sums = torch.empty(num_pairs // CHUNK, d, dtype=chunk_type, device=dense.device)
@@ -87,12 +85,12 @@ def row_sums(
     with torch.cuda.device(dense.get_device()):
         if len(chunk_sums) > 0:
             _chunk_sums[len(chunk_sums), blocks](
-                *(chunk_sums, weights, tokens, names, dense, d),
+                *(chunk_sums, weights, named.tokens, named.rows, dense, d),
                 *(CHUNK, accumulator, rows, columns),
                 num_warps=warps,
             )
         _row_sums[num_rows, blocks](
-            *(sums, weights, tokens, bounds, dense, chunk_sums, d),
+            *(sums, weights, named.tokens, named.bounds, dense, chunk_sums, d),
             *(CHUNK, accumulator, rows, columns),
             num_warps=warps,
         )

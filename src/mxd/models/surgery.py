@@ -300,7 +300,7 @@ class _PassthroughPositions:
     """Where the current forward pass has one of these tokens."""
 
     def __init__(self, token_ids: Collection[int]):
-        self._token_ids = sorted(token_ids)
+        self._token_ids = torch.tensor(sorted(token_ids))
         self._input_ids: Tensor | None = None
 
     def note_ids(self, model: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
@@ -322,8 +322,9 @@ class _PassthroughPositions:
                 f"Passthrough needs one token id for each position of the MLP's input, {tuple(x.shape[:-1])}; "
                 f"found {found}. Call the whole model with input_ids, or replace the MLP at every position."
             )
-        special = torch.tensor(self._token_ids, device=x.device)
-        return torch.isin(self._input_ids.to(x.device), special).unsqueeze(-1)
+        # Moved once: every layer of every forward pass asks.
+        self._token_ids = self._token_ids.to(x.device)
+        return torch.isin(self._input_ids.to(x.device), self._token_ids).unsqueeze(-1)
 
 
 def _replacement_step(

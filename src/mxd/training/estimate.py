@@ -32,6 +32,8 @@ EFFICIENCY = 0.5
 (selection, gathers, AdamW's passes over memory, fetching text); it is a round number, not a measurement."""
 FLOAT = 4
 """Bytes of one entry of weights, moments and gradients."""
+CUDA_BYTES = 2 * 2**30
+"""What a CUDA device's libraries and the allocator's gaps are taken to need; a round number, not a measurement."""
 
 
 class Memory(NamedTuple):
@@ -43,9 +45,10 @@ class Memory(NamedTuple):
     """AdamW's two moments of every weight."""
     step: int
     """The largest that comes and goes: one student's gradients and activations (students step one after another), or
-    the contiguous copies of which a snapshot is written."""
+    the contiguous copies of which a snapshot is written; and what a CUDA device's libraries need."""
     buffer: int
-    """The shuffle buffer, the batches drawn from it, and the shard of a cache that is being computed."""
+    """The shuffle buffer, the batches drawn from it, and the shard of a cache that is being computed (unless the
+    device has memory of its own: a shard is put together in the host's)."""
     model: int
     """Weights of the language model."""
     model_pass: int
@@ -268,6 +271,16 @@ def memory(workload: Workload) -> Memory:
     return _memory(workload, parameters, max(copied, _largest_step(workload)), workload.sites)
 
 
+def host_memory(workload: Workload) -> int:
+    """Return the bytes that a run takes in the host's memory beside a CUDA device's, 0 on any other device.
+
+    A snapshot copies all weights and moments there, and a cache's shard is put together there.
+    """
+    if not _is_cuda(workload):
+        return 0
+    return 3 * FLOAT * sum(cost.parameters for cost in workload.costs) + workload.shard_bytes
+
+
 def largest_grid(workload: Workload, available: int) -> Grid | None:
     """Return the largest grid that fits into so many bytes, or None where none does.
 
@@ -299,9 +312,12 @@ def largest_grid(workload: Workload, available: int) -> Grid | None:
 def require_memory(workload: Workload) -> int | None:
     """Check that a run fits into the memory that is available now, and return that; None where it cannot be told.
 
+    What is returned is the device's; with a CUDA device the host's is checked too.
+
     Raises:
         ValueError: If it does not fit; the sentence has the estimate and the largest grid that fits.
     """
+    _require_host_memory(workload)
     available = available_memory(workload.resources.device)
     needed = memory(workload)
     still_needed = needed.total - (workload.model_bytes if workload.model_is_loaded else 0)
@@ -325,6 +341,21 @@ def require_memory(workload: Workload) -> int | None:
     )
 
 
+def _require_host_memory(workload: Workload) -> None:
+    needed = host_memory(workload)
+    available = available_memory("cpu") if needed else None
+    if available is not None and needed > available:
+        raise ValueError(
+            f"what was asked for must fit in the host's memory too, which holds the copy of which a snapshot is written"
+            f"{' and a shard of the cache' if workload.shard_bytes else ''}: an estimated {gib(needed)} are needed and "
+            f"{gib(available)} are available; ask for fewer layers, kinds, ks or seeds and the rest in further runs."
+        )
+
+
+def _is_cuda(workload: Workload) -> bool:
+    return torch.device(workload.resources.device).type == "cuda"
+
+
 def _options(grid: Grid) -> dict[str, tuple[object, ...]]:
     return {"layer": grid.layers, "kind": grid.kinds, "k": grid.ks, "seeds": (grid.seeds,)}
 
@@ -334,18 +365,19 @@ def _largest_step(workload: Workload) -> int:
 
 
 def _memory(workload: Workload, parameters: int, step: int, layers: Collection[int]) -> Memory:
-    config, item = workload.config, workload.activation_dtype.itemsize
+    config, item, is_cuda = workload.config, workload.activation_dtype.itemsize, _is_cuda(workload)
     sites = [workload.sites[layer] for layer in layers]
     passed = forward_contexts(config, workload.resources.device) * config.context
     # The residual stream, its norm and its attention in and out, an MLP's hidden units, and what is handed on.
     widest = max(6 * site.d_in + 3 * site.d_hidden for site in sites)
     handed_on = sum(site.d_in + site.d_out for site in sites)
     batches = config.batch_tokens * (3 if workload.resources.prefetch else 1)
+    shard = 0 if is_cuda else workload.shard_bytes
     return Memory(
         weights=FLOAT * parameters,
         moments=2 * FLOAT * parameters,
-        step=step,
-        buffer=workload.shard_bytes + buffer_bytes(config, sites, item) + batches * handed_on * item,
+        step=step + (CUDA_BYTES if is_cuda else 0),
+        buffer=shard + buffer_bytes(config, sites, item) + batches * handed_on * item,
         model=workload.model_bytes,
         model_pass=passed * (widest + handed_on) * max(item, 4),
     )

@@ -1,7 +1,7 @@
 """A student: one sparse layer that learns one MLP."""
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,8 @@ from mxd.training.optimizer import (
     restore_optimizer_,
 )
 
+SUMS = ("loss", "steps", "tokens", "l0", "error", "square", "target")
+"""What a student adds up between two readings of its metrics; the last is a vector."""
 Loss = Callable[[SparseLayerOutput, Tensor], Tensor]
 """A student's loss: a mean over tokens of what its layer returned and of the target."""
 
@@ -109,8 +111,7 @@ class Student:
         device = next(network.parameters()).device
         self._last_fired: Int[Tensor, " num_latents"]
         self._last_fired = torch.zeros(network.config.num_latents, dtype=torch.long, device=device)
-        self._sums = {name: torch.zeros((), device=device) for name in ("loss", "steps", "tokens", "l0")}
-        self._sums |= {name: torch.zeros((), device=device) for name in ("error", "square")}
+        self._sums = {name: torch.zeros((), device=device) for name in SUMS}
         self._sums["target"] = torch.zeros(network.config.d_out, device=device)
         self.first_bad_step: Int[Tensor, ""] = torch.full((), -1, dtype=torch.long, device=device)
         """The first step, counted from 0, whose loss was not finite, or -1."""
@@ -166,7 +167,7 @@ class Student:
         self, x: Tensor, target: Tensor, k: int, batch_tokens: int, dead: Tensor | None, autocast: torch.dtype | None
     ) -> tuple[SparseLayerOutput, Float[Tensor, ""]]:
         """Add these rows' gradients to those of the batch's other rows; return output and share of the batch's loss."""
-        with torch.autocast(x.device.type, autocast, enabled=autocast is not None):
+        with _autocast(x, autocast):
             output = self._output(x, k)
             loss = self.loss(output, target)
             if self.config.l1_coefficient:
@@ -177,7 +178,7 @@ class Student:
         loss = loss * (len(x) / batch_tokens)
         loss.backward()
         if dead is not None and len(dead) > 0:
-            with torch.autocast(x.device.type, autocast, enabled=autocast is not None):
+            with _autocast(x, autocast):
                 revival = self.config.aux_coefficient * self._dead_latent_loss(dead, x, target, output)
             # What all latents share would otherwise be bent towards the dead ones by as much.
             revival.backward(inputs=self.network.latent_parameters())
@@ -232,11 +233,9 @@ class Student:
 
     def is_finite(self) -> bool:
         """Whether all weights and all of the optimiser's state are finite: a finite loss can have another gradient."""
-        return all(
-            bool(torch.isfinite(tensor).all())
-            for name, tensor in self.tensors().items()
-            if name.startswith(("layer.", "optimizer."))
-        )
+        state = (tensor for name, tensor in self.tensors().items() if name.startswith(("layer.", "optimizer.")))
+        # Read from the device once.
+        return bool(torch.stack([torch.isfinite(tensor).all().to(self._last_fired.device) for tensor in state]).all())
 
     def read_metrics(self, tokens: int) -> dict[str, float]:
         """Return loss, fvu and l0 since the last reading, over content tokens, and the share of dead latents now.
@@ -244,18 +243,15 @@ class Student:
         Args:
             tokens: Tokens trained on by now.
         """
-        sums = {name: value.double().cpu() for name, value in self._sums.items()}
+        return read_metrics([self], tokens)[self.name]
+
+    def _take_sums(self, tokens: int) -> Float[Tensor, " sums"]:
+        """Return all sums, that of the targets last, and the number of dead latents; start the sums anew."""
+        dead = (tokens - self._last_fired >= self.config.dead_tokens).sum()
+        numbers = torch.cat([dead.to(self._sums["loss"])[None], *(self._sums[name].view(-1) for name in SUMS)])
         for value in self._sums.values():
             value.zero_()
-        content = sums["tokens"].clamp_min(1)
-        variance = sums["square"] - sums["target"].square().sum() / content
-        dead = (tokens - self._last_fired >= self.config.dead_tokens).double().mean()
-        return {
-            "loss": float(sums["loss"] / sums["steps"].clamp_min(1)),
-            "fvu": float(sums["error"] / variance),
-            "l0": float(sums["l0"] / content),
-            "dead_fraction": float(dead),
-        }
+        return numbers
 
     def tensors(self) -> dict[str, Tensor]:
         """Return everything that a resumed student needs, by name."""
@@ -281,3 +277,37 @@ class Student:
         if normalization:
             moved = {name: value.to(device) for name, value in normalization.items()}
             self.normalization = InputNormalization(**moved)
+
+
+def read_metrics(students: Sequence[Student], tokens: int) -> dict[str, dict[str, float]]:
+    """Return the metrics of each student by its name (`Student.read_metrics`), read from the device all at once.
+
+    Args:
+        students: Students on one device.
+        tokens: Tokens trained on by now.
+    """
+    taken = [student._take_sums(tokens) for student in students]
+    # Doubles are the host's: not every device has them.
+    read = torch.cat(taken).cpu().double().split([len(numbers) for numbers in taken])
+    return {student.name: _metrics(student, numbers) for student, numbers in zip(students, read, strict=True)}
+
+
+def _metrics(student: Student, numbers: Float[Tensor, " sums"]) -> dict[str, float]:
+    dead, loss, steps, tokens, l0, error, square = numbers[: len(SUMS)]
+    target, content = numbers[len(SUMS) :], tokens.clamp_min(1)
+    variance = square - target.square().sum() / content
+    return {
+        "loss": float(loss / steps.clamp_min(1)),
+        "fvu": float(error / variance),
+        "l0": float(l0 / content),
+        "dead_fraction": float(dead / student.network.config.num_latents),
+    }
+
+
+def _autocast(x: Tensor, dtype: torch.dtype | None) -> torch.autocast:
+    """Return autocast without its cache of cast weights.
+
+    Threads share the cache, and whichever leaves autocast empties it, such as the one that prefetches batches: whether
+    a weight that is used twice is cast twice, so that its gradients are added up in another type, would be chance.
+    """
+    return torch.autocast(x.device.type, dtype, enabled=dtype is not None, cache_enabled=False)

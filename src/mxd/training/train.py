@@ -19,7 +19,7 @@ from mxd.runs.run import METRICS_FILE, SNAPSHOTS
 from mxd.runs.signals import Stopped, StopRequest, interruptible
 from mxd.runs.snapshots import SnapshotError, load_newest_snapshot, save_snapshot
 from mxd.training.optimizer import Schedule
-from mxd.training.student import Student
+from mxd.training.student import Student, read_metrics
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +101,7 @@ def train(
                 if log_due or snapshot_due:
                     loop.require_finite(state=snapshot_due)
                 if log_due:
-                    metrics = {student.name: student.read_metrics(tokens) for student in students}
+                    metrics = read_metrics(students, tokens)
                     record = {"step": loop.done, "tokens": tokens, "seconds": log.seconds(), "students": metrics}
                     for sink in (log, *mirrors):
                         sink.log(record)
@@ -207,8 +207,10 @@ class _Loop:
 
     def require_finite(self, *, state: bool) -> None:
         """Check every loss so far, and the weights and moments too where they are about to be kept."""
-        for student in self.students:
-            bad_step = int(student.first_bad_step) + 1
+        # Read from the device once.
+        bad_steps = torch.stack([student.first_bad_step for student in self.students]).tolist()
+        for student, before_bad in zip(self.students, bad_steps, strict=True):
+            bad_step = before_bad + 1
             what, remedy = "its loss", "lower its learning rate"
             if bad_step > 0 and student.first_bad_input:
                 what, remedy = (
