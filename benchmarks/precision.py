@@ -4,11 +4,16 @@
     python benchmarks/precision.py --tokens 160K --out benchmarks/out
 
 `mxd train` learns layer 3 of the bundled model on the standard library's text, in float32 and in bfloat16, everything
-else by default, and `mxd evaluate` measures the layers on held-out text. Both runs train the same students from the
-same seeds on the same batches. Seeds differ in their initialisation alone; how far they lie apart in float32 says what
-a difference between the precisions means. The model is a copy of the bundled one with float32 weights, so that
-bfloat16 means what it does for most models: its products too run in bfloat16 while students learn. `mxd evaluate` runs
-it in float32 for both.
+else by default, and `mxd evaluate` measures the layers on held-out text. All runs train the same students from the
+same seeds on the same batches. Seeds differ in their initialisation alone. The model is a copy of the bundled one with
+float32 weights, so that bfloat16 means what it does for most models: its products too run in bfloat16 while students
+learn. `mxd evaluate` runs it in float32 for all.
+
+What a difference between the precisions means is said by a control: float32 once more with torch's own kernels
+(`MXD_KERNELS=torch`), which add up the same products in another order. Where they are what float32 uses anyway, the
+control differs in nothing.
+
+With `--runs DIR` the runs are kept there, and those that are finished are not repeated.
 
 The final loss is the mean over the last tenth of the lines of `metrics.jsonl`, each itself a mean over the 20 steps
 since the line before.
@@ -42,19 +47,19 @@ from mxd.runs.run import read_configuration
 from mxd.training.config import TrainConfig
 from mxd.training.decompose import make_plan
 
-Precision = Literal["float32", "bfloat16"]
-PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16")
+Setting = Literal["float32", "float32, other sums", "bfloat16"]
+SETTINGS: tuple[Setting, ...] = ("float32", "float32, other sums", "bfloat16")
 LAST = 0.1
 """Share of the log's lines that the final loss is the mean of."""
 WITHIN = 0.01
 """Largest relative difference of the final loss that the claim allows."""
-COLOURS = {"float32": "#8a94a3", "bfloat16": "#0072b2"}
+COLOURS = {"float32": "#8a94a3", "float32, other sums": "#d55e00", "bfloat16": "#0072b2"}
 SEED_LINES = ("-", "--", ":", "-.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Options:
-    """Train in both precisions and compare where they end."""
+    """Train in both precisions, and in one of them twice, and compare where they end."""
 
     tokens: int = 2_000_000
     """Tokens to train on."""
@@ -72,6 +77,8 @@ class Options:
     """As of mxd train."""
     out: Path = RESULTS
     """Folder of the report."""
+    runs: Path | None = None
+    """Folder that keeps the runs; without it they go."""
     note: str = ""
     """What a reader of the results should know, such as what else the machine was doing."""
 
@@ -83,7 +90,7 @@ class Options:
 class Trained(NamedTuple):
     """One student of one run."""
 
-    precision: Precision
+    setting: Setting
     seed: int
     losses: dict[int, float]
     """Loss by the number of tokens."""
@@ -103,8 +110,9 @@ class Finished(NamedTuple):
     train_seconds: float
 
 
-def mxd(*arguments: str) -> str:
-    done = subprocess.run([sys.executable, "-m", "mxd", *arguments], capture_output=True, text=True)
+def mxd(*arguments: str, **environment: str) -> str:
+    command = [sys.executable, "-m", "mxd", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
     if done.returncode:
         raise RuntimeError(f"mxd {arguments[0]} must end well; it ended with {done.returncode}:\n{done.stderr}")
     return done.stdout
@@ -116,12 +124,15 @@ def save_float32_copy(folder: Path) -> None:
     language_model.tokenizer.save_pretrained(folder)
 
 
-def run(options: Options, precision: Precision, model: Path, out: Path) -> Finished:
+def run(options: Options, setting: Setting, model: Path, out: Path) -> Finished:
+    precision, *control = setting.split(",")
     asked = {"model": model, "text": "stdlib", "layer": options.layer, "kind": options.kind, "k": options.k}
     asked |= {"tokens": options.tokens, "seeds": options.seeds, "precision": precision, "device": "cpu", "out": out}
     asked |= {} if options.threads is None else {"threads": options.threads}
     started = time.perf_counter()
-    mxd("train", *(part for name, value in asked.items() for part in (f"--{name}", str(value))))
+    if not (out / "finished.json").exists():
+        kernels = {"MXD_KERNELS": "torch"} if control else {}
+        mxd("train", *(part for name, value in asked.items() for part in (f"--{name}", str(value))), **kernels)
     seconds = time.perf_counter() - started
     tokens = [] if options.eval_tokens is None else ["--tokens", str(options.eval_tokens)]
     rows = {row["id"]: row for row in json.loads(mxd("evaluate", str(out), "--json", *tokens))}
@@ -129,7 +140,7 @@ def run(options: Options, precision: Precision, model: Path, out: Path) -> Finis
     described = cast(list[dict[str, Any]], read_configuration(out)["students"])
     students = [
         Trained(
-            precision,
+            setting,
             student["seed"],
             {line["tokens"]: line["students"][f"{student['layer']}/{student['id']}"]["loss"] for line in lines},
             rows[student["id"]],
@@ -152,10 +163,10 @@ def relative(one: float, base: float) -> float:
 
 
 def table(students: Sequence[Trained]) -> list[dict[str, object]]:
-    base = {student.seed: student for student in students if student.precision == "float32"}
+    base = {student.seed: student for student in students if student.setting == "float32"}
     return [
         {
-            "precision": student.precision,
+            "precision": student.setting,
             "seed": student.seed,
             "final loss": f"{student.final_loss:.5f}",
             "beside float32, same seed": f"{relative(student.final_loss, base[student.seed].final_loss):+.3%}",
@@ -169,8 +180,8 @@ def table(students: Sequence[Trained]) -> list[dict[str, object]]:
 
 
 def findings(students: Sequence[Trained]) -> dict[str, float]:
-    """Return the largest relative differences, between the precisions and between float32's seeds."""
-    by = {(student.precision, student.seed): student for student in students}
+    """Return the relative differences: largest and mean beside float32, and between float32's seeds."""
+    by = {(student.setting, student.seed): student for student in students}
     seeds = sorted({student.seed for student in students})
     found: dict[str, float] = {}
     for name, value in {
@@ -178,32 +189,34 @@ def findings(students: Sequence[Trained]) -> dict[str, float]:
         "held-out fvu": lambda student: student.evaluated["fvu"],
         "CE increase": lambda student: student.evaluated["ce_increase"],
     }.items():
-        pairs = [(value(by["bfloat16", seed]), value(by["float32", seed])) for seed in seeds]
-        exact = [base for _, base in pairs]
-        found[f"{name}: bfloat16 from float32, same seed"] = max(abs(relative(*pair)) for pair in pairs)
-        found[f"{name}: mean over seeds, bfloat16 from float32"] = relative(*map(fmean, zip(*pairs, strict=True)))
+        exact = [value(by["float32", seed]) for seed in seeds]
+        for setting in SETTINGS[1:]:
+            pairs = [(value(by[setting, seed]), base) for seed, base in zip(seeds, exact, strict=True)]
+            found[f"{name}: {setting} from float32, same seed"] = max(abs(relative(*pair)) for pair in pairs)
+            found[f"{name}: mean over seeds, {setting} from float32"] = relative(*map(fmean, zip(*pairs, strict=True)))
         found[f"{name}: seeds apart, float32"] = max(exact) / min(exact) - 1
     return found
 
 
 def draw(students: Sequence[Trained], title: str, subtitle: str) -> Figure:
-    """Draw the losses, and each one's distance from that of float32's first seed."""
-    base = students[0]
-    with figure(9, 3.6, title=title, subtitle=subtitle, legend=True) as drawing:
+    """Draw the losses, and each one's distance from float32's of the same seed."""
+    base = {student.seed: student.losses for student in students if student.setting == "float32"}
+    with figure(9, 3.9, title=title, subtitle=subtitle, legend=True) as drawing:
         losses, differences = drawing.subplots(1, 2)
         for student in students:
-            style = {"color": COLOURS[student.precision], "ls": SEED_LINES[student.seed % len(SEED_LINES)], "lw": 1.4}
-            label = f"{student.precision}, seed {student.seed}"
+            style = {"color": COLOURS[student.setting], "ls": SEED_LINES[student.seed % len(SEED_LINES)], "lw": 1.4}
+            label = f"{student.setting}, seed {student.seed}"
             losses.plot(list(student.losses), list(student.losses.values()), label=label, **style)
-            away = [100 * relative(loss, base.losses[tokens]) for tokens, loss in student.losses.items()]
-            differences.plot(list(student.losses), away, label=label, **style)
+            if student.setting != "float32":
+                away = [100 * relative(loss, base[student.seed][tokens]) for tokens, loss in student.losses.items()]
+                differences.plot(list(student.losses), away, label=label, **style)
         for sign in (-1, 1):
             differences.axhline(sign * 100 * WITHIN, color=INK, lw=0.8, ls=":")
         losses.set_title("Training loss")
         losses.set_yscale("log")
         for formatted in (losses.yaxis.set_major_formatter, losses.yaxis.set_minor_formatter):
             formatted("{x:g}")
-        differences.set_title(f"Its distance from {base.precision}, seed {base.seed}, in % (dotted: 1)")
+        differences.set_title("Its distance from float32's, same seed, in % (dotted: 1)")
         for panel in (losses, differences):
             panel.set_xlabel("tokens", color=MUTED)
             panel.locator_params(axis="x", nbins=6)
@@ -218,10 +231,13 @@ def main(options: Options) -> None:
         torch.set_num_threads(options.threads)
     described = machine()
     with tempfile.TemporaryDirectory(prefix="mxd-precision-") as name:
-        folder = Path(name)
+        folder = options.runs or Path(name)
         save_float32_copy(folder / "model")
         automatic = automatic_precision(options, folder / "model")
-        runs = {precision: run(options, precision, folder / "model", folder / precision) for precision in PRECISIONS}
+        runs = {
+            setting: run(options, setting, folder / "model", folder / setting.replace(", ", "-").replace(" ", "-"))
+            for setting in SETTINGS
+        }
     students = [student for finished in runs.values() for student in finished.students]
     rows, found = table(students), findings(students)
     ids = f"{options.kind}, k {options.k}, bundled model in float32, layer {options.layer}, {options.tokens:,} tokens"
@@ -243,14 +259,13 @@ def main(options: Options) -> None:
             "auto": automatic,
             "claim": {"text": claim, "measured": worst, "holds": worst <= WITHIN},
             "findings": found,
-            "final_loss": {f"{s.precision}, seed {s.seed}": s.final_loss for s in students},
-            "losses": {f"{s.precision}, seed {s.seed}": s.losses for s in students},
+            "final_loss": {f"{s.setting}, seed {s.seed}": s.final_loss for s in students},
+            "losses": {f"{s.setting}, seed {s.seed}": s.losses for s in students},
             "evaluated": {
-                f"{s.precision}, seed {s.seed}": {**s.evaluated, "model": f"{MODEL_NAME}, float32 copy"}
-                for s in students
+                f"{s.setting}, seed {s.seed}": {**s.evaluated, "model": f"{MODEL_NAME}, float32 copy"} for s in students
             },
             "train_seconds, one after the other and so no comparison": {
-                precision: finished.train_seconds for precision, finished in runs.items()
+                setting: finished.train_seconds for setting, finished in runs.items()
             },
         },
         draw(students, "Training in float32 and in bfloat16", f"{ids} · {described['cpu']}, {described['date']}"),

@@ -169,6 +169,9 @@ def test_a_run_with_one_layer_loads_and_one_with_several_names_them(tmp_path: Pa
     with pytest.raises(ValueError, match=r"several layers; name one of them: layers/3/mxd-k3, layers/4/transcoder-k3"):
         load_layer(tmp_path)
     assert mxd.from_pretrained(str(tmp_path), subfolder="layers/4/transcoder-k3").kind == "transcoder"
+    save_layer(build("transcoder"), tmp_path / "layers" / "3" / "transcoder-k3")
+    with pytest.raises(ValueError, match=r"layers/3 holds several layers; name one of them: mxd-k3, transcoder-k3"):
+        load_layer(tmp_path / "layers" / "3")
 
 
 @pytest.mark.parametrize("repository", ["nobody-at-all/nothing-at-all", "no such thing", "./nothing"])

@@ -219,7 +219,7 @@ def test_counts_are_read_as_people_write_them(text: str, count: int) -> None:
     assert parse_count(text) == count
 
 
-@pytest.mark.parametrize("text", ["", "M", "2.5", "1e3", "2MB", "abc", "_", "1.0001k"])
+@pytest.mark.parametrize("text", ["", "M", "2.5", "1e3", "2MB", "abc", "_", "1.0001k", "8,16", "4,", "1,3"])
 def test_what_is_no_count_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="count must be a whole number such as 4096"):
         parse_count(text)
@@ -236,6 +236,17 @@ def test_help_lists_the_commands() -> None:
     ended = process("--help")
     assert (ended.status, ended.err) == (0, "")
     assert all(command in ended.out for command in ("train", "evaluate", "demo"))
+
+
+def test_a_reader_that_has_read_enough_is_no_fault() -> None:
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "mxd", "train", "--help"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 0
 
 
 def test_a_refusal_is_the_only_line_of_a_process(tiny: TinyRun, tmp_path: Path) -> None:

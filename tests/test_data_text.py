@@ -88,6 +88,12 @@ def test_folders_and_globs_are_read_in_the_order_of_their_paths(tmp_path: Path) 
     ]
 
 
+def test_a_row_whose_token_ids_are_null_has_its_text(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.jsonl", rows_as_jsonl([{"input_ids": None, "text": "x"}]))
+    (document,) = all_documents(open_text([path]))
+    assert document.text == "x"
+
+
 def test_token_ids_are_taken_before_text(tmp_path: Path) -> None:
     path = write(tmp_path, "a.jsonl", rows_as_jsonl([{"input_ids": [3, 1], "text": "x"}, {"input_ids": []}]))
     (document,) = all_documents(open_text([path]))

@@ -62,6 +62,14 @@ def test_the_card_names_model_layers_and_how_to_load_them(tmp_path: Path) -> Non
     assert 'subfolder="layers/8/transcoder-k2"' in card
 
 
+def test_the_card_tells_nobody_where_a_model_lay(tmp_path: Path) -> None:
+    mxd.save(layer(), tmp_path / "layers/8/transcoder-k2", Provenance(model="/home/someone/models/llama", layer=8))
+    card = model_card(tmp_path)
+    assert "base_model" not in card
+    assert "/home" not in card
+    assert "# Sparse replacements for MLPs of llama" in card
+
+
 def test_pushing_uploads_layers_and_card_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[str, dict[str, Any]]] = []
 

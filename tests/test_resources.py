@@ -37,6 +37,9 @@ def config(llama: Path, text: Path) -> TrainConfig:
 def test_threads_are_those_asked_for_on_every_system(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(resources.os, "sched_getaffinity", raising=False)
     monkeypatch.setattr(resources.os, "cpu_count", lambda: 7)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert resources.resolve_threads(None) == 3
+    monkeypatch.delenv("OMP_NUM_THREADS")
     assert resources.resolve_threads(config.threads) == 1
     assert resources.resolve_threads(None) == 7
 

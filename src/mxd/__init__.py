@@ -1,5 +1,7 @@
 """Decompose the MLP layers of pretrained language models into sparse layers that can replace the originals."""
 
+from importlib.metadata import version
+
 from mxd.checkpoint import load_layer as load
 from mxd.checkpoint import save_layer as save
 from mxd.hub import from_pretrained, push_to_hub
@@ -23,6 +25,8 @@ from mxd.layers import (
     TranscoderConfig,
 )
 from mxd.models import ablate_mlp, capture_mlp, find_mlp, load_language_model, mlp_pairs, replace_mlp
+
+__version__ = version("mxd")
 
 __all__ = [
     "LAYERS",

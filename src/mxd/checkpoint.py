@@ -276,7 +276,8 @@ def _layer_folder(path: Path) -> Path:
         )
     if (path / CONFIG_FILE).is_file():
         return path
-    layers = [folder.relative_to(path).as_posix() for folder in layer_folders(path)]
+    beside = sorted(config.parent for config in path.glob(f"*/{CONFIG_FILE}"))
+    layers = [folder.relative_to(path).as_posix() for folder in layer_folders(path) or beside]
     if len(layers) == 1:
         return path / layers[0]
     if layers:

@@ -1,6 +1,7 @@
 """Layers on the Hugging Face hub: the same folders as on disk, with a model card."""
 
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from mxd.checkpoint import (
     LAYER_FILES,
     LAYERS_FOLDER,
     Checkpoint,
+    Provenance,
     edits_digest,
     layer_folders,
     load_checkpoint,
@@ -82,7 +84,9 @@ def model_card(folder: str | Path) -> str:
     if not paths:
         raise FileNotFoundError(f"{folder} must hold a layer or a finished run; it has neither. Check the path.")
     layers = {path.relative_to(folder).as_posix(): load_checkpoint(path) for path in paths}
-    models = sorted({layer.provenance.model for layer in layers.values() if layer.provenance.model})
+    origins = [layer.provenance for layer in layers.values() if layer.provenance.model]
+    models = sorted({str(origin.model) for origin in origins if _is_of_the_hub(origin)})
+    names = models or sorted({Path(str(origin.model)).name for origin in origins})
     header = ModelCardData(
         library_name="mxd", base_model=models or None, tags=["mechanistic-interpretability", "mixture-of-decoders"]
     )
@@ -95,7 +99,7 @@ def model_card(folder: str | Path) -> str:
     subfolder = "" if first == "." else f', subfolder="{first}"'
     lines = [
         f"---\n{header.to_yaml()}\n---",
-        f"# Sparse replacements for MLPs of {', '.join(models) or 'a language model'}",
+        f"# Sparse replacements for MLPs of {', '.join(names) or 'a language model'}",
         f"Each layer is of the MLP of one block of the Hugging Face model, whose output it predicts. {_inputs(layers)} "
         "Made with mxd.",
         "| folder | kind | block | latents | k | trained on | tokens |\n|---|---|---|---|---|---|---|\n"
@@ -104,6 +108,12 @@ def model_card(folder: str | Path) -> str:
         f'```python\nimport mxd\n\nlayer = mxd.from_pretrained("REPOSITORY"{subfolder})\n```',
     ]
     return "\n\n".join(lines) + "\n"
+
+
+def _is_of_the_hub(origin: Provenance) -> bool:
+    """Whether a layer's model has an id: the hub refuses others, and a folder's place is the trainer's own business."""
+    looks_like_one = re.fullmatch(r"[\w.-]+/[\w.-]+", str(origin.model)) is not None
+    return origin.revision is not None or (looks_like_one and not Path(str(origin.model)).exists())
 
 
 def _inputs(layers: Mapping[str, Checkpoint]) -> str:

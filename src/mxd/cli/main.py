@@ -35,6 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         _fail(name, str(error) or "interrupted.", INTERRUPTED, error)
     except (TrainingFault, SnapshotError) as error:
         _fail(name, str(error), FAULT, error)
+    except BrokenPipeError:
+        # Whoever read it has read enough, as `head` does; the interpreter would complain once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
         _fail(name, _sentence(error), CANNOT_BE_MET, error)
     except (RuntimeError, MemoryError) as error:

@@ -22,12 +22,14 @@ def parse_count(text: str) -> int:
         >>> parse_count("2M"), parse_count("1.5k"), parse_count("4_096")
         (2000000, 1500, 4096)
     """
-    match = re.fullmatch(r"([+-]?\d[\d_,]*(?:\.\d+)?)([KMB]?)", text.strip().upper())
+    # A comma stands between thousands only: 8,16 is a list, which spaces make.
+    match = re.fullmatch(r"([+-]?(?:\d{1,3}(?:,\d{3})+|\d[\d_]*)(?:\.\d+)?)([KMB]?)", text.strip().upper())
     if match is not None:
         value = Fraction(match[1].replace(",", "").replace("_", "")) * _FACTORS[match[2]]
         if value.denominator == 1:
             return value.numerator
-    raise ValueError(f"a count must be a whole number such as 4096, 2M or 480M; got {text!r}.")
+    several = "; separate several by spaces" if "," in text else ""
+    raise ValueError(f"a count must be a whole number such as 4096, 2M or 480M; got {text!r}{several}.")
 
 
 @COUNTS.primitive_rule

@@ -43,7 +43,7 @@ def row_document(fields: Mapping[str, object], text_field: str, where: str, row:
     """Return the document that a row of a table holds, or None where its text is missing or blank.
 
     Args:
-        fields: The row; `input_ids`, where present, is taken before the text.
+        fields: The row; `input_ids`, where there are any, are taken before the text.
         text_field: Name of the field that holds the text.
         where: The row's place, for messages.
         row: Number of the row in the source.
@@ -51,7 +51,7 @@ def row_document(fields: Mapping[str, object], text_field: str, where: str, row:
     Raises:
         ValueError: If the row has neither field, or something else than text or token ids in it.
     """
-    if "input_ids" in fields:
+    if fields.get("input_ids") is not None:
         return _ids_document(fields["input_ids"], where, row)
     check_fields(fields, text_field, where)
     text = fields[text_field]

@@ -145,7 +145,7 @@ class TrainConfig:
     text_field: str = "text"
     """Field that holds the text in .jsonl, .json, .parquet and hub rows."""
     threads: int | None = None
-    """Threads of the CPU; all cores by default."""
+    """Threads of the CPU; by default what OMP_NUM_THREADS says, or all cores."""
     recipe: str | None = None
     """Recipe whose values hold wherever none is given here; `--recipe list` shows them all."""
 

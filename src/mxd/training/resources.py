@@ -68,8 +68,9 @@ def resolve_resources(config: TrainConfig, device: str, widest: int, weights: to
 
 
 def resolve_threads(asked: int | None) -> int:
-    """Return the number of threads: what was asked for, or as many as there are cores that this process may use."""
-    return asked or usable_cores()
+    """Return the number of threads: what was asked for, what OMP_NUM_THREADS says, or one for each usable core."""
+    told = os.environ.get("OMP_NUM_THREADS", "")
+    return asked or (int(told) if told.isdecimal() else 0) or usable_cores()
 
 
 def usable_cores() -> int:
