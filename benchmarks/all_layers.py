@@ -159,10 +159,16 @@ def _draw(cells: Grid, kinds: Sequence[str], title: str) -> Figure:
             ks = sorted({cell.k for cell in cells if cell.layer == layer})
             axes.set_xscale("log", base=2)
             axes.set_xticks(ks, [str(k) for k in ks], minor=False)
-            if all(row.ce_increase > 0 for found in cells.values() for rows in found.values() for row in rows):
-                axes.set_yscale("log")
-            else:
-                axes.set_yscale("symlog", linthresh=0.01)
+            _scale(
+                axes,
+                [
+                    row.ce_increase
+                    for cell in cells
+                    if cell.layer == layer
+                    for rows in cells[cell].values()
+                    for row in rows
+                ],
+            )
             axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
             axes.grid(color=GRID)
             axes.set_xlabel("K")
@@ -170,6 +176,17 @@ def _draw(cells: Grid, kinds: Sequence[str], title: str) -> Figure:
             axes.set_visible(False)
         add_legend(drawing, panels[: len(layers)])
         return drawing
+
+
+def _scale(axes: Axes, increases: Sequence[float]) -> None:
+    """Set an axis that tells small increases apart, and has room below zero only for what lies there."""
+    lowest, highest = min(increases), max(increases)
+    if lowest > 0:
+        axes.set_yscale("log")
+        axes.set_ylim(lowest / 1.5, highest * 1.5)
+    else:
+        axes.set_yscale("symlog", linthresh=max(0.01, -lowest))
+        axes.set_ylim(1.5 * lowest, highest * 1.5)
 
 
 def _curve(axes: Axes, cells: Grid, layer: int | None, kind: str) -> None:
