@@ -65,7 +65,7 @@ class Options:
     rounds: int = 5
     """How often each part is timed."""
     seconds: float = 0.3
-    """How long one timing of a part may take: it is of 5 to 50 calls."""
+    """How long one timing of a part may take: it is of 1 to 50 calls."""
     device: str = "cuda"
     """Where to run."""
     small: bool = False
@@ -149,7 +149,7 @@ def seconds_of(parts: Mapping[str, Callable[[], object]], options: Options) -> d
     for name, part in parts.items():
         # Once to compile, allocate and warm up, once to see how long it takes.
         part()
-        calls[name] = min(50, max(5, int(options.seconds / back_to_back(part, 2, options))))
+        calls[name] = min(50, max(1, int(options.seconds / back_to_back(part, 2, options))))
     timings = {name: [] for name in parts}
     for _ in range(options.rounds):
         for name, part in parts.items():
