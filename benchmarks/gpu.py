@@ -6,7 +6,7 @@ r"""Training on one GPU: milliseconds a step with the model pass included, what 
 Whether the script works can be seen on a CPU, in Triton's interpreter:
 
     TRITON_INTERPRET=1 python benchmarks/gpu.py --device cpu --small --layer 1 --num-experts 600 --k 8 --tokens 32 \
-        --forward-tokens 256 --steps 1 --rounds 1 --name gpu-small
+        --forward-tokens 256 --steps 1 --block-steps 1 --rounds 1 --name gpu-small
 
 GPT-2 124M's shape with random weights (timing does not need trained ones) in bfloat16, one MxD of 21,490 experts at
 layer 8. The loop is the library's own stream, prefetched, and `Student.step`, without logging and snapshots. The dense
@@ -61,9 +61,11 @@ class Options:
     forward_tokens: int = 32_768
     """Tokens of one run of the language model."""
     steps: int = 128
-    """Timed steps of the whole loop."""
+    """Timed steps of the whole loop, filled up to whole blocks of the shuffle buffer."""
+    block_steps: int = 32
+    """Steps that one block of the shuffle buffer holds."""
     rounds: int = 5
-    """How often each part is timed."""
+    """How often the loop and each part are timed."""
     seconds: float = 0.3
     """How long one timing of a part may take: it is of 1 to 50 calls."""
     device: str = "cuda"
@@ -102,8 +104,8 @@ def new_stream(options: Options, model: GPT2LMHeadModel) -> ActivationStream:
         LocalTokens(ids, context=128, bos=None, seed=0),
         widths={options.layer: (width, width)},
         batch_tokens=options.tokens,
-        buffer_tokens=32 * options.tokens,
-        total_tokens=10 * (options.steps + 32) * options.tokens,
+        buffer_tokens=options.block_steps * options.tokens,
+        total_tokens=10 * (options.steps + options.block_steps) * options.tokens,
         forward_contexts=options.forward_tokens // 128,
         special_ids=(),
         seed=0,
@@ -127,16 +129,17 @@ def whole_loop(options: Options, model: GPT2LMHeadModel) -> Loop:
     if is_cuda:
         torch.cuda.reset_peak_memory_stats()
     student, stream = new_student(options, model.config.n_embd), new_stream(options, model)
-    steps = -(-options.steps // 32) * 32
+    first = options.block_steps
+    steps = -(-options.steps // first) * first
     started = time.perf_counter()
     for step, batch in enumerate(Prefetch(stream)):
         rows = batch.layers[options.layer]
         x, target = rows.x.float(), rows.target.float()
         student.step(step, x, target, batch.is_content, lr_factor=1.0, autocast=torch.bfloat16)
-        if step == 31:
+        if step == first - 1:
             synchronize()
             started = time.perf_counter()
-        if step == 31 + steps:
+        if step == first - 1 + steps:
             break
     synchronize()
     seconds = (time.perf_counter() - started) / steps
@@ -287,7 +290,7 @@ def main(options: Options) -> None:
     loops: dict[str, Loop] = {}
     for name in BACKENDS:
         backends.set_backend(name)
-        repeats = [whole_loop(options, model) for _ in range(3)]
+        repeats = [whole_loop(options, model) for _ in range(options.rounds)]
         loops[name] = Loop(
             statistics.median(loop.seconds for loop in repeats), max(loop.peak_bytes for loop in repeats)
         )
