@@ -4,7 +4,8 @@
     python benchmarks/ablations.py rank normalization
 
 Each run becomes `ablation_<its folder's name>.md` and `.json`, one row for all seeds of a setting, and its pictures
-`ablation-<option>.png` become `ablation_<name>_<option>.png`. `±` is half of the 95 % t interval over seeds.
+`ablation-<option>.png` become `ablation_<name>_<option>.png`; a run that varies nothing but the kind gives
+its frontier. `±` is half of the 95 % t interval over seeds.
 """
 
 import argparse
@@ -45,7 +46,7 @@ def _report(run: Path, described: dict[str, object]) -> None:
     print_table(table, run.name)
     title = f"Ablation {run.name}: {kept['model']}, layer {config['layer'][0]}, {config['tokens']:,} tokens"
     write_report(f"ablation_{run.name}", title, table, described, {"config": kept})
-    for picture in sorted(run.glob("ablation-*.png")):
+    for picture in sorted(run.glob("ablation-*.png")) or [run / "frontier.png"]:
         option = picture.stem.removeprefix("ablation-")
         shutil.copyfile(picture, RESULTS / f"ablation_{run.name}_{option}.png")
 

@@ -39,13 +39,12 @@ def main() -> None:
         "batch_tokens",
         "lr",
         "schedule",
-        "seeds",
         "eval_tokens",
         "expansion",
     )
     config, *others = [{name: config[name] for name in kept} for config in configs]
     if any(other != config for other in others):
-        parser.error("the runs must be of one model, text, length, schedule and number of seeds")
+        parser.error("the runs must be of one model, text, length and schedule")
     for row in rows:
         if row["normalize_experts"] is False and "free" not in row["id"].split("-"):
             row["id"] = row["id"].replace(row["kind"], f"{row['kind']}-free", 1)
