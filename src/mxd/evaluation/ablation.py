@@ -191,7 +191,7 @@ def _draw_panel(axes: "matplotlib.axes.Axes", setting: Setting, series: Sequence
         if entry in lines:
             _draw_line(axes, entry, points, joined=setting.axis != "name")
         elif points:
-            axes.axhline(points[0].mean, color=entry.style.colour, linestyle="--", linewidth=1.2, label=entry.name)
+            axes.axhline(points[0].mean, color=entry.style.colour, ls=_line_style(entry), lw=0.9, label=entry.name)
     if setting.axis == "name":
         axes.set_xticks(range(len(names)), [str(name) for name in names])
         axes.set_xlim(-0.5, len(names) - 0.5)
@@ -226,6 +226,11 @@ def _points(entry: _Series, metric: str, setting: Setting, names: Sequence[Scala
     return sorted(points)
 
 
+def _line_style(entry: _Series) -> str:
+    """Series of one kind share its colour: they differ in marker and line."""
+    return _LINE_STYLES[entry.variant % len(_LINE_STYLES)]
+
+
 def _draw_line(axes: "matplotlib.axes.Axes", entry: _Series, points: Sequence[_Point], *, joined: bool) -> None:
     below, above = ([point.mean - point.low for point in points], [point.high - point.mean for point in points])
     axes.errorbar(
@@ -233,10 +238,9 @@ def _draw_line(axes: "matplotlib.axes.Axes", entry: _Series, points: Sequence[_P
         [point.mean for point in points],
         yerr=[below, above] if any(below) or any(above) else None,
         color=entry.style.colour,
-        # Series of one kind share its colour: they differ in marker and line.
         marker=_MARKERS[entry.variant % len(_MARKERS)],
         alpha=1.0 if entry.variant < len(_LINE_STYLES) else 0.6,
-        linestyle=_LINE_STYLES[entry.variant % len(_LINE_STYLES)] if joined else "none",
+        linestyle=_line_style(entry) if joined else "none",
         markersize=5.5,
         linewidth=1.6,
         elinewidth=1.1,
