@@ -1,6 +1,6 @@
 """Probe finished runs for docs/experts.md, and find ten experts that name a concept.
 
-    mxd train --model bundled --text stdlib --layer 3 --k 32 --expansion 8 --tokens 2M --out RUN \
+    mxd train --model bundled --text stdlib --layer 3 --k 32 --expansion 8 --tokens 2M --warmup-tokens 80k --out RUN \
         --kind mxd transcoder skip-transcoder topk-sae shared-transcoder
     python benchmarks/experts.py probe RUN --name experts_bundled --data python FILE …
     python benchmarks/experts.py ten DEMO --student 3/mxd-k32 --name experts_demo

@@ -89,6 +89,8 @@ def main() -> None:
         kind=tuple(args.kinds),
         k=(args.k,),
         tokens=args.tokens,
+        # As the sweeps in results/ had it, whatever `auto` is now.
+        warmup_tokens=args.tokens // 25,
         batch_tokens=args.batch_tokens,
         expansion=args.expansion,
         eval_tokens=32_768,

@@ -170,6 +170,7 @@ class Task:
             text=tuple(args.text),
             kind=tuple(dict.fromkeys(method.layer.kind for method in METHODS.values())),
             schedule="linear",
+            warmup_tokens=args.tokens // 25,  # As results/ had it, whatever `auto` is now.
             device="cpu",
             model_dtype="float32",
         )

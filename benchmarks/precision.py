@@ -1,13 +1,13 @@
-"""Whether training in bfloat16 ends where training in float32 does, on the bundled model.
+"""Whether training in bfloat16 ends where training in float32 does.
 
-    python benchmarks/precision.py
+    python benchmarks/precision.py --model stories260K --text tinystories_2MB_cased.txt --layer 2 --k 16 --seeds 4
+    python benchmarks/precision.py --seeds 4                               # layer 3 of the bundled model
     python benchmarks/precision.py --tokens 160K --out benchmarks/out
 
-`mxd train` learns layer 3 of the bundled model on the standard library's text, in float32 and in bfloat16, everything
-else by default, and `mxd evaluate` measures the layers on held-out text. All runs train the same students from the
-same seeds on the same batches. Seeds differ in their initialisation alone. The model is a copy of the bundled one with
-float32 weights, so that bfloat16 means what it does for most models: its products too run in bfloat16 while students
-learn. `mxd evaluate` runs it in float32 for all.
+`mxd train` learns one layer in float32 and in bfloat16, everything else by default, and `mxd evaluate` measures the
+students on held-out text. All runs train the same students from the same seeds on the same batches. Seeds differ in
+their initialisation alone. The model is a copy with float32 weights, so that bfloat16 means what it does for most
+models: its products too run in bfloat16 while students learn. `mxd evaluate` runs it in float32 for all.
 
 What a difference between the precisions means is said by a control: float32 once more with torch's own kernels
 (`MXD_KERNELS=torch`), which add up the same products in another order. Where they are what float32 uses anyway, the
@@ -40,6 +40,7 @@ from transformers.utils.logging import disable_progress_bar
 from harness import RESULTS, machine, print_table, write_report
 from mxd.bundled import MODEL_NAME
 from mxd.cli.numbers import COUNTS
+from mxd.data.text import STDLIB
 from mxd.evaluation.drawing import GRID, INK, MUTED, add_legend, figure
 from mxd.models import load_language_model
 from mxd.runs.metrics_log import read_metrics
@@ -61,10 +62,16 @@ SEED_LINES = ("-", "--", ":", "-.")
 class Options:
     """Train in both precisions, and in one of them twice, and compare where they end."""
 
+    model: str = MODEL_NAME
+    """As of mxd train."""
+    text: tuple[str, ...] = (STDLIB,)
+    """As of mxd train."""
+    layer: int = 3
+    """Block whose MLP is learnt."""
     tokens: int = 2_000_000
     """Tokens to train on."""
-    layer: int = 3
-    """Block of the bundled model."""
+    schedule: Literal["constant", "linear"] = "constant"
+    """As of mxd train."""
     kind: str = "mxd"
     """Kind of layer."""
     k: int = 32
@@ -85,6 +92,10 @@ class Options:
     def __post_init__(self) -> None:
         if self.seeds < 2:
             raise ValueError(f"seeds must be at least 2, to say how far seeds lie apart; got {self.seeds}.")
+
+    @property
+    def model_name(self) -> str:
+        return Path(self.model).name
 
 
 class Trained(NamedTuple):
@@ -118,21 +129,23 @@ def mxd(*arguments: str, **environment: str) -> str:
     return done.stdout
 
 
-def save_float32_copy(folder: Path) -> None:
-    language_model = load_language_model(MODEL_NAME, dtype=torch.float32)
+def save_float32_copy(model: str, folder: Path) -> None:
+    language_model = load_language_model(model, dtype=torch.float32)
     language_model.model.save_pretrained(folder)
     language_model.tokenizer.save_pretrained(folder)
 
 
 def run(options: Options, setting: Setting, model: Path, out: Path) -> Finished:
     precision, *control = setting.split(",")
-    asked = {"model": model, "text": "stdlib", "layer": options.layer, "kind": options.kind, "k": options.k}
-    asked |= {"tokens": options.tokens, "seeds": options.seeds, "precision": precision, "device": "cpu", "out": out}
+    asked: dict[str, object] = {"model": model, "layer": options.layer, "kind": options.kind, "k": options.k}
+    asked |= {"tokens": options.tokens, "seeds": options.seeds, "schedule": options.schedule}
+    asked |= {"precision": precision, "device": "cpu", "out": out}
     asked |= {} if options.threads is None else {"threads": options.threads}
     started = time.perf_counter()
     if not (out / "finished.json").exists():
         kernels = {"MXD_KERNELS": "torch"} if control else {}
-        mxd("train", *(part for name, value in asked.items() for part in (f"--{name}", str(value))), **kernels)
+        given = (part for name, value in asked.items() for part in (f"--{name}", str(value)))
+        mxd("train", *given, "--text", *options.text, **kernels)
     seconds = time.perf_counter() - started
     tokens = [] if options.eval_tokens is None else ["--tokens", str(options.eval_tokens)]
     rows = {row["id"]: row for row in json.loads(mxd("evaluate", str(out), "--json", *tokens))}
@@ -153,7 +166,7 @@ def run(options: Options, setting: Setting, model: Path, out: Path) -> Finished:
 def automatic_precision(options: Options, model: Path) -> str:
     """Return what `--precision auto` chooses on this machine."""
     config = TrainConfig(
-        model=str(model), text=("stdlib",), layer=(options.layer,), tokens=options.tokens, device="cpu"
+        model=str(model), text=options.text, layer=(options.layer,), tokens=options.tokens, device="cpu"
     )
     return make_plan(config).resources.precision
 
@@ -232,7 +245,7 @@ def main(options: Options) -> None:
     described = machine()
     with tempfile.TemporaryDirectory(prefix="mxd-precision-") as name:
         folder = options.runs or Path(name)
-        save_float32_copy(folder / "model")
+        save_float32_copy(options.model, folder / "model")
         automatic = automatic_precision(options, folder / "model")
         runs = {
             setting: run(options, setting, folder / "model", folder / setting.replace(", ", "-").replace(" ", "-"))
@@ -240,7 +253,8 @@ def main(options: Options) -> None:
         }
     students = [student for finished in runs.values() for student in finished.students]
     rows, found = table(students), findings(students)
-    ids = f"{options.kind}, k {options.k}, bundled model in float32, layer {options.layer}, {options.tokens:,} tokens"
+    ids = f"{options.kind}, k {options.k}, {options.model_name} in float32, layer {options.layer}, "
+    ids += f"{options.tokens:,} tokens, {options.schedule} rate"
     print_table(rows, f"float32 and bfloat16: {ids}")
     print_table(
         [{"largest relative difference": name, "": f"{value:.3%}"} for name, value in found.items()], "Findings"
@@ -250,7 +264,7 @@ def main(options: Options) -> None:
     print(f"{claim}: {'holds' if worst <= WITHIN else 'does not hold'} ({worst:.3%}). auto chooses {automatic} here.")
     Console().print(described)
     write_report(
-        "precision_bundled_cpu",
+        f"precision_{options.model_name}{'_linear' * (options.schedule == 'linear')}_cpu",
         f"Where training in float32 and in bfloat16 ends: {ids}",
         rows,
         described,
@@ -262,7 +276,8 @@ def main(options: Options) -> None:
             "final_loss": {f"{s.setting}, seed {s.seed}": s.final_loss for s in students},
             "losses": {f"{s.setting}, seed {s.seed}": s.losses for s in students},
             "evaluated": {
-                f"{s.setting}, seed {s.seed}": {**s.evaluated, "model": f"{MODEL_NAME}, float32 copy"} for s in students
+                f"{s.setting}, seed {s.seed}": {**s.evaluated, "model": f"{options.model_name}, float32 copy"}
+                for s in students
             },
             "train_seconds, one after the other and so no comparison": {
                 setting: finished.train_seconds for setting, finished in runs.items()

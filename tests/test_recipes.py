@@ -95,7 +95,7 @@ def test_a_recipe_has_the_papers_settings_field_by_field(name: str) -> None:
 
 
 def test_a_recipe_of_fewer_tokens_warms_up_over_fewer(mxd: Command, tmp_path: Path) -> None:
-    assert replace(paper_gpt2(layer=5), tokens=1_000_000).warmup == 40_000
+    assert replace(paper_gpt2(layer=5), tokens=1_000_000).warmup == 100_000
     assert replace(paper_gpt2(), tokens=960_000_000).warmup == 5000 * 4096
     assert replace(paper_gpt2(), warmup_tokens=123).warmup == 123
     # As docs/training.md has it.

@@ -19,7 +19,7 @@ three methods, and a budget of parameters of a transcoder 32 times as wide as it
 * The last batch is whole: 117,188 steps where the paper's code makes 117,187.
 * The shuffle buffer is emptied before it is filled again, so that its blocks do not mix. The released code refills half
   of a buffer of the same size and mixes that with the half that is still there.
-* A run of fewer tokens than the paper's warms up over 4 % of them, one of as many over the paper's 5,000 steps.
+* A run of few tokens warms up over a tenth of them, one of 205M and more over the paper's 5,000 steps.
 * Activations are those of the Hugging Face model, unfolded, with whatever its norm multiplies; the paper's are
   TransformerLens's, with folded norms and centred weights.
 * A twentieth of the documents is held out, and evaluation uses as many tokens of it as the paper used of the text
@@ -39,7 +39,7 @@ from typing import NamedTuple
 
 from mxd.bundled import MODEL_NAME
 from mxd.training.ablations import ABLATIONS
-from mxd.training.config import PAPER_TOKENS, TrainConfig
+from mxd.training.config import TrainConfig
 from mxd.training.shapes import ModelShape
 
 METHODS = ("mxd", "transcoder", "skip-transcoder")
@@ -326,7 +326,7 @@ def _paper(name: str, model: str, layer: int, *, activation: str) -> TrainConfig
         expansion=32,
         activation=activation,
         init="paper",
-        tokens=PAPER_TOKENS,
+        tokens=480_000_000,
         batch_tokens=4096,
         context=128,
         buffer_tokens=128 * 32 * 128,
