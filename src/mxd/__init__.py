@@ -2,6 +2,7 @@
 
 from importlib.metadata import version
 
+from mxd.checkpoint import Checkpoint, load_checkpoint
 from mxd.checkpoint import load_layer as load
 from mxd.checkpoint import save_layer as save
 from mxd.hub import from_pretrained, push_to_hub
@@ -13,6 +14,7 @@ from mxd.layers import (
     LowRankMixtureConfig,
     MixtureOfDecoders,
     MixtureOfDecodersConfig,
+    Provenance,
     SharedTranscoder,
     SharedTranscoderConfig,
     SkipTranscoder,
@@ -30,12 +32,14 @@ __version__ = version("mxd")
 
 __all__ = [
     "LAYERS",
+    "Checkpoint",
     "LinearTransformMixture",
     "LinearTransformMixtureConfig",
     "LowRankMixture",
     "LowRankMixtureConfig",
     "MixtureOfDecoders",
     "MixtureOfDecodersConfig",
+    "Provenance",
     "SharedTranscoder",
     "SharedTranscoderConfig",
     "SkipTranscoder",
@@ -51,6 +55,7 @@ __all__ = [
     "find_mlp",
     "from_pretrained",
     "load",
+    "load_checkpoint",
     "load_language_model",
     "mlp_pairs",
     "push_to_hub",

@@ -8,6 +8,7 @@ from mxd.layers.linear_transform_mixture import LinearTransformMixture, LinearTr
 from mxd.layers.low_rank_mixture import LowRankMixture, LowRankMixtureConfig
 from mxd.layers.mixture_of_decoders import MixtureOfDecoders, MixtureOfDecodersConfig
 from mxd.layers.mlp_weights import MlpWeights
+from mxd.layers.provenance import Provenance
 from mxd.layers.request import LayerRequest, RequestedConfig
 from mxd.layers.selection import L1, BatchTopK, Selection, SelectionName, SparseCode, TopK, topk_relu
 from mxd.layers.shared_transcoder import SharedTranscoder, SharedTranscoderConfig
@@ -77,6 +78,7 @@ __all__ = [
     "MixtureOfDecodersConfig",
     "MlpEncoder",
     "MlpWeights",
+    "Provenance",
     "RequestedConfig",
     "Selection",
     "SelectionName",
