@@ -1,4 +1,4 @@
-"""Where each family of language models keeps its MLPs, and what they are."""
+"""Where a language model keeps its MLPs, and what they are."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -7,81 +7,14 @@ from typing import NamedTuple, cast
 from jaxtyping import Float
 from torch import Tensor, nn
 
-
-class MlpSpec(NamedTuple):
-    """Where a family keeps the MLP of a block, and in what it differs from a module that maps x to its output."""
-
-    path: str
-    """Dotted path of the MLP's module, or of the block if the MLP has none; `{layer}` stands for the index."""
-    parts: tuple[str, ...] = ()
-    """Children of the block that make up an MLP without a module of its own, in the order they run."""
-    takes_residual: bool = False
-    """Whether the module takes the residual stream as a second argument and adds it itself."""
-    returns_tensor: bool = False
-    """Whether it is known to return a tensor; otherwise the first call shows whether it returns a tuple."""
-
-
-_GPT = MlpSpec("transformer.h.{layer}.mlp", returns_tensor=True)
-_LLAMA = MlpSpec("model.layers.{layer}.mlp", returns_tensor=True)
-_MOE = MlpSpec("model.layers.{layer}.mlp")
-
-MLP_SITES: dict[str, MlpSpec] = {
-    "bloom": MlpSpec("transformer.h.{layer}.mlp", takes_residual=True, returns_tensor=True),
-    "cohere": _LLAMA,
-    "falcon": _GPT,
-    "gemma": _LLAMA,
-    "gemma2": _LLAMA,
-    "gemma3": MlpSpec("model.language_model.layers.{layer}.mlp", returns_tensor=True),
-    "gemma3_text": _LLAMA,
-    "gpt2": _GPT,
-    "gpt_neo": _GPT,
-    "gpt_neox": MlpSpec("gpt_neox.layers.{layer}.mlp", returns_tensor=True),
-    "gptj": _GPT,
-    "granite": _LLAMA,
-    "llama": _LLAMA,
-    "mistral": _LLAMA,
-    "mixtral": _MOE,
-    "olmo": _LLAMA,
-    "olmo2": _LLAMA,
-    "opt": MlpSpec("model.decoder.layers.{layer}", parts=("fc1", "activation_fn", "fc2"), returns_tensor=True),
-    "phi": _LLAMA,
-    "phi3": _LLAMA,
-    "qwen2": _LLAMA,
-    "qwen2_moe": _MOE,
-    "qwen3": _LLAMA,
-    "qwen3_moe": _MOE,
-    "smollm3": _LLAMA,
-    "stablelm": _LLAMA,
-    "starcoder2": _LLAMA,
-}
-"""Model type (of the model's config) to where its MLPs are."""
-
-_ACTIVATION_CLASSES = {
-    "ReLU": "relu",
-    "Sigmoid": "sigmoid",
-    "SiLU": "silu",
-    "SiLUActivation": "silu",
-    "GELUActivation": "gelu",
-    "AccurateGELUActivation": "gelu_tanh",
-    "BloomGelu": "gelu_tanh",
-    "FastGELUActivation": "gelu_tanh",
-    "GELUTanh": "gelu_tanh",
-    "NewGELUActivation": "gelu_tanh",
-    "PytorchGELUTanh": "gelu_tanh",
-}
-_ACTIVATION_NAMES = {
-    "relu": "relu",
-    "sigmoid": "sigmoid",
-    "silu": "silu",
-    "swish": "silu",
-    "gelu": "gelu",
-    "gelu_python": "gelu",
-    "gelu_accurate": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
-    "gelu_new": "gelu_tanh",
-    "gelu_python_tanh": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-}
+from mxd.models.families import (
+    ACTIVATION_CLASSES,
+    ACTIVATION_NAMES,
+    MLP_SITES,
+    SHARED_EXPERTS,
+    TOKENS_EXPERTS,
+    MlpSpec,
+)
 
 
 class Override:
@@ -162,7 +95,9 @@ class MlpSite:
     def __call__(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
         """Return what the model's own MLP makes of `x`."""
         no_residual = (x.new_zeros(()),) if self.takes_residual else ()
-        return hidden_part(self.run(x, *no_residual), self.path)
+        hidden = hidden_part(self.run(x, *no_residual), self.path)
+        # Some mixtures of experts return their tokens flattened.
+        return hidden.reshape(*x.shape[:-1], hidden.shape[-1])
 
     def run(self, x: Tensor, *args: object, **kwargs: object) -> object:
         """Return exactly what the model's own MLP returns for the arguments the model gave it."""
@@ -229,7 +164,7 @@ def find_mlp(model: nn.Module, layer: int, module_path: str | None = None) -> Ml
         d_in=shape.d_in,
         d_hidden=shape.d_hidden,
         d_out=shape.d_out,
-        activation=_activation(model, parts or (module,)),
+        activation=spec.activation or _activation(model, parts or (module,)),
         gated=shape.gated,
         modules=parts or (module,),
         block=module if parts else None,
@@ -297,6 +232,9 @@ def _shape(model: nn.Module, modules: Sequence[nn.Module], path: str) -> _Shape:
         )
     if "experts" in dict(modules[0].named_children()):
         return _Shape(width, _active_width(model, modules[0]) or 4 * width, width, True)
+    if len(linears) == 1:
+        d_in, d_out = linears[0]
+        return _Shape(d_in, 4 * d_in, d_out, False)
     if len(linears) > 1:
         d_in = linears[0][0]
         # Where the hidden layer is as wide as the input, only the order tells the way down from the way up.
@@ -310,12 +248,12 @@ def _shape(model: nn.Module, modules: Sequence[nn.Module], path: str) -> _Shape:
 
 
 def _active_width(model: nn.Module, moe: nn.Module) -> int | None:
-    chosen = _config_int(model, "num_experts_per_tok")
+    chosen = next((found for name in TOKENS_EXPERTS if (found := _config_int(model, name)) is not None), None)
     width = _config_int(model, "moe_intermediate_size") or _config_int(model, "intermediate_size")
     if chosen is None or width is None:
         return None
-    has_shared = "shared_expert" in dict(moe.named_children())
-    return chosen * width + (_config_int(model, "shared_expert_intermediate_size") or 0 if has_shared else 0)
+    shared = [module for name, module in moe.named_children() if name in SHARED_EXPERTS]
+    return chosen * width + sum(d_in for d_in, _ in list(_linear_shapes(shared))[-1:])
 
 
 def _linear_shapes(modules: Sequence[nn.Module]) -> Iterator[tuple[int, int]]:
@@ -334,14 +272,14 @@ def _activation(model: nn.Module, modules: Sequence[nn.Module]) -> str | None:
     for module in (inner for outer in modules for inner in outer.modules()):
         if isinstance(module, nn.GELU):
             found.add("gelu_tanh" if module.approximate == "tanh" else "gelu")
-        elif type(module).__name__ in _ACTIVATION_CLASSES:
-            found.add(_ACTIVATION_CLASSES[type(module).__name__])
+        elif type(module).__name__ in ACTIVATION_CLASSES:
+            found.add(ACTIVATION_CLASSES[type(module).__name__])
     if found:
         return found.pop() if len(found) == 1 else None
     for name in ("hidden_act", "activation_function", "hidden_activation", "activation"):
         value = getattr(_text_config(model), name, None)
         if isinstance(value, str):
-            return _ACTIVATION_NAMES.get(value)
+            return ACTIVATION_NAMES.get(value)
     return None
 
 
