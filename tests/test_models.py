@@ -43,6 +43,11 @@ OPT = {**SIZES, "ffn_dim": 48}
 EYES = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "image_size": 28}
 GEMMA3: dict[str, object] = {"text_config": GEMMA, "vision_config": EYES, "image_token_id": 96}
 
+GEMMA4 = {**GEMMA, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 97, "global_head_dim": 8}
+GEMMA4 |= {"layer_types": ["full_attention"] * 3}
+GEMMA3N = {**GEMMA, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 97, "num_kv_shared_layers": 0}
+GEMMA3N |= {"laurel_rank": 4, "activation_sparsity_pattern": [0.0] * 3}
+
 
 class Family(NamedTuple):
     model_type: str
@@ -78,6 +83,11 @@ FAMILIES = {
     "gemma2": Family("gemma2", GEMMA, 48, "gelu_tanh", True),
     "gemma3": Family("gemma3", GEMMA3, 48, "gelu_tanh", True),
     "gemma3_text": Family("gemma3_text", GEMMA, 48, "gelu_tanh", True),
+    "gemma3n_text": Family("gemma3n_text", GEMMA3N, 48, "gelu_tanh", True),
+    "gemma4": Family(
+        "gemma4", {"text_config": GEMMA4, "vision_config": EYES, "audio_config": None}, 48, "gelu_tanh", True
+    ),
+    "gemma4_text": Family("gemma4_text", GEMMA4, 48, "gelu_tanh", True),
     "glm": Family("glm", GEMMA, 48, "silu", True),
     "glm4": Family("glm4", GEMMA, 48, "silu", True),
     "glm4_moe": Family("glm4_moe", {**DEEPSEEK, "head_dim": 8}, 60, "silu", True),

@@ -20,8 +20,8 @@ class MlpSpec(NamedTuple):
 
 _GPT = MlpSpec("transformer.h.{layer}.mlp", returns_tensor=True)
 _LLAMA = MlpSpec("model.layers.{layer}.mlp", returns_tensor=True)
-_LFM = MlpSpec("model.layers.{layer}.feed_forward", activation="silu")
 _MOE = MlpSpec("model.layers.{layer}.mlp")
+_SEEING = MlpSpec("model.language_model.layers.{layer}.mlp", returns_tensor=True)
 _OPT = ("fc1", "activation_fn", "fc2")
 
 MLP_SITES: dict[str, MlpSpec] = {
@@ -43,8 +43,11 @@ MLP_SITES: dict[str, MlpSpec] = {
     "falcon_h1": MlpSpec("model.layers.{layer}.feed_forward", returns_tensor=True),
     "gemma": _LLAMA,
     "gemma2": _LLAMA,
-    "gemma3": MlpSpec("model.language_model.layers.{layer}.mlp", returns_tensor=True),
+    "gemma3": _SEEING,
     "gemma3_text": _LLAMA,
+    "gemma3n_text": _LLAMA,
+    "gemma4": _SEEING,
+    "gemma4_text": _LLAMA,
     "glm": _LLAMA,
     "glm4": _LLAMA,
     "glm4_moe": _MOE,
@@ -59,8 +62,8 @@ MLP_SITES: dict[str, MlpSpec] = {
     "helium": _LLAMA,
     "hunyuan_v1_dense": _LLAMA,
     "jamba": MlpSpec("model.layers.{layer}.feed_forward"),
-    "lfm2": _LFM,
-    "lfm2_moe": _LFM,
+    "lfm2": MlpSpec("model.layers.{layer}.feed_forward", returns_tensor=True, activation="silu"),
+    "lfm2_moe": MlpSpec("model.layers.{layer}.feed_forward", activation="silu"),
     "llama": _LLAMA,
     "llama4_text": MlpSpec("model.layers.{layer}.feed_forward"),
     "ministral": _LLAMA,
@@ -129,3 +132,5 @@ TOKENS_EXPERTS = ("num_experts_per_tok", "moe_k")
 """What configurations call the number of experts that a token is given to."""
 SHARED_EXPERTS = ("shared_expert", "shared_experts")
 """What mixtures of experts call the part that every token is given to."""
+USUAL_NAMES = ("mlp", "feed_forward", "ffn", "ff", "block_sparse_moe")
+"""What most families call a block's MLP."""

@@ -13,6 +13,7 @@ from mxd.models.families import (
     MLP_SITES,
     SHARED_EXPERTS,
     TOKENS_EXPERTS,
+    USUAL_NAMES,
     MlpSpec,
 )
 
@@ -138,9 +139,13 @@ def find_mlp(model: nn.Module, layer: int, module_path: str | None = None) -> Ml
         module_path: Where the MLPs are, such as `model.layers.{layer}.mlp`, for a family that is not in `MLP_SITES`.
 
     Raises:
-        ValueError: If the family is not listed and no path is given, the path does not exist, or there is no such
-            layer.
+        TypeError: If the model is none of PyTorch's, or the layer no index.
+        ValueError: If the family is not listed and no path is given, or the model is bidirectional; if the path does
+            not exist or leads to single experts of a mixture; if there is no such layer.
     """
+    _require_model(model)
+    if not hasattr(layer, "__index__"):
+        raise TypeError(f"A layer must be the index of a block; got {layer!r:.60}.")
     known = MLP_SITES.get(_model_type(model))
     if module_path is not None and "{layer}" not in module_path:
         raise ValueError(
@@ -148,12 +153,14 @@ def find_mlp(model: nn.Module, layer: int, module_path: str | None = None) -> Ml
             "Give for example 'model.layers.{layer}.mlp'."
         )
     if known is None and module_path is None:
+        require_causal(getattr(model, "config", None), _model_type(model))
         raise ValueError(
-            f"The model must be of a known family ({', '.join(MLP_SITES)}); got model_type '{_model_type(model)}'. "
-            "Say where its MLPs are with --module 'path.{layer}.mlp'."
+            f"The model must be of a family that docs/models.md lists; got model_type '{_model_type(model)}'. Say "
+            f"where its MLPs are with --module (module_path=), such as '{_likely_path(model)}'."
         )
     spec = known if known is not None and module_path in (None, known.path) else MlpSpec(str(module_path))
     _check_layer(model, spec, layer)
+    _refuse_single_experts(model, spec, layer)
     path = spec.path.replace("{layer}", str(layer))
     module = _submodule(model, path)
     parts = tuple(_submodule(model, f"{path}.{part}") for part in spec.parts)
@@ -190,6 +197,28 @@ def find_block(model: nn.Module, layer: int, module_path: str | None = None) -> 
     return _submodule(model, path.partition("{layer}")[0] + str(layer))
 
 
+def require_causal(config: object, name: str) -> None:
+    """Check that a model predicts each token from those before it alone, as far as its configuration says.
+
+    Raises:
+        ValueError: If it is an encoder of masked text, such as BERT.
+    """
+    from transformers import MODEL_FOR_MASKED_LM_MAPPING
+
+    if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
+        raise ValueError(
+            "A model must be causal, predicting each token from those before it; found "
+            f"'{name}', a bidirectional encoder (model_type {getattr(config, 'model_type', 'unknown')}). "
+            "Give a model that generates text."
+        )
+
+
+def _require_model(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        hint = " Give its .model." if isinstance(getattr(model, "model", None), nn.Module) else ""
+        raise TypeError(f"model must be a Hugging Face language model; got {type(model).__name__}.{hint}")
+
+
 class _Shape(NamedTuple):
     d_in: int
     d_hidden: int
@@ -206,6 +235,42 @@ def _check_layer(model: nn.Module, spec: MlpSpec, layer: int) -> None:
         raise ValueError(
             f"A layer must lie in [0, {count - 1}], the {count} blocks of {type(model).__name__}; got {layer}."
         )
+
+
+def _likely_path(model: nn.Module) -> str:
+    """Return where the MLPs of a model are if it follows a custom, and an example of a path if not."""
+    for path, blocks in model.named_modules():
+        if isinstance(blocks, nn.ModuleList) and len(blocks):
+            names = dict(blocks[0].named_children())
+            for name in USUAL_NAMES:
+                if name in names:
+                    return f"{path}.{{layer}}.{name}"
+    return "path.{layer}.mlp"
+
+
+def _refuse_single_experts(model: nn.Module, spec: MlpSpec, layer: int) -> None:
+    """Refuse paths to experts, which see only the tokens that are routed to them."""
+    whole, within, _ = spec.path.partition(".experts")
+    if not within:
+        return
+    prefix, numbered, _ = whole.partition(".{layer}")
+    blocks = range(len(list(_submodule(model, prefix).children()))) if numbered else [layer]
+    names = {name for name, _ in model.named_modules()}
+    mixtures = [block for block in blocks if whole.replace("{layer}", str(block)) + ".experts" in names]
+    if layer in mixtures:
+        dense = [block for block in blocks if block not in mixtures]
+        raise ValueError(
+            f"An MLP must see every token, and single experts see those that are routed to them; got '{spec.path}'. "
+            f"Blocks {_ranges(mixtures)} are mixtures of experts{f', {_ranges(dense)} are dense' if dense else ''}: "
+            f"give the path of the whole MLP, '{whole}'."
+        )
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Return ascending numbers as in `0, 3-5`."""
+    starts = [n for n in numbers if n - 1 not in numbers]
+    ends = [n for n in numbers if n + 1 not in numbers]
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))
 
 
 def _submodule(model: nn.Module, path: str) -> nn.Module:
