@@ -226,7 +226,7 @@ def mlp_pairs(
 
     Raises:
         TypeError: As `find_mlp`; if the layers are none, or the ids are no tensor of whole numbers.
-        ValueError: As `find_mlp`; if no layer is given, or the ids are not (batch, seq); if the model does not run one of these MLPs.
+        ValueError: As `find_mlp`; if no layer is given, the ids are not (batch, seq), or an MLP of these is not run.
     """
     require_layers(layers)
     require_ids(input_ids)
