@@ -25,6 +25,7 @@ from mxd.layers import (
     TopKAutoencoderConfig,
     Transcoder,
     TranscoderConfig,
+    register_kind,
 )
 from mxd.models import ablate_mlp, capture_mlp, find_mlp, load_language_model, mlp_pairs, replace_mlp
 
@@ -59,6 +60,7 @@ __all__ = [
     "load_language_model",
     "mlp_pairs",
     "push_to_hub",
+    "register_kind",
     "replace_mlp",
     "save",
 ]

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save
 
 from mxd.atomic import file_sha256, json_text, sync_folder, write_json_atomically, write_together
 from mxd.edits import Edit, edits_of, with_edits
-from mxd.layers import Provenance, SparseLayer, require_kind
+from mxd.layers import LAYERS, Provenance, SparseLayer, field_types, require_kind, require_kind_of
 
 logger = logging.getLogger(__name__)
 
@@ -62,11 +62,11 @@ def save_layer(layer: SparseLayer, folder: str | Path, provenance: Provenance | 
             and whose weights have changed since, that is its place only, and not how the loaded weights came about.
 
     Raises:
-        ValueError: If the folder could not be loaded: the layer's kind is not registered, or its weights have
-            several types.
+        ValueError: If the folder could not be loaded: the layer's kind is not registered or another class's, or its
+            weights have several types.
         OSError: If the folder cannot be written.
     """
-    require_kind(layer.kind)
+    require_kind_of(layer)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in layer.state_dict().items()}
     _require_one_dtype(layer.kind, tensors)
     folder = Path(folder)
@@ -230,6 +230,11 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     """Return a layer with its provenance; see `load_layer`."""
     folder = _layer_folder(Path(path))
     config = _read_config(folder / CONFIG_FILE)
+    if config["kind"] not in LAYERS:
+        raise ValueError(
+            f"{folder / CONFIG_FILE} must be of a kind that is registered, {', '.join(LAYERS)}; it is of "
+            f"{config['kind']!r}. Import what registers that (mxd.register_kind) before, or upgrade mxd."
+        )
     layer_kind = require_kind(cast(str, config["kind"]))
     known = {field.name for field in fields(layer_kind.config)}
     layer_fields = {name: LATER_FIELDS[name] for name in LATER_FIELDS if name in known}
@@ -314,14 +319,15 @@ def _require_fields(path: Path, place: str, found: Mapping[str, object], known: 
 
 
 def _require_types(path: Path, described: type, found: Mapping[str, object]) -> None:
-    for field in fields(described):
-        value, allowed = found[field.name], get_args(field.type) or (field.type,)
+    for name, wanted in field_types(described).items():
+        value, allowed = found[name], get_args(wanted) or (wanted,)
         # A field is a choice of names, a type, or a type or None; bool is an int to Python, and no number here.
-        compared = value if get_origin(field.type) is Literal else type(value)
-        if not any(compared == one for one in allowed):
+        compared = value if get_origin(wanted) is Literal else type(value)
+        whole = compared is int and float in allowed
+        if not whole and not any(compared == one for one in allowed):
             names = ", ".join(one.__name__ if isinstance(one, type) else repr(one) for one in allowed)
             raise ValueError(
-                f"{path} must give {field.name} as {'one of ' * (len(allowed) > 1)}{names}; got {value!r}. "
+                f"{path} must give {name} as {'one of ' * (len(allowed) > 1)}{names}; got {value!r}. "
                 "Restore it from its source."
             )
 
