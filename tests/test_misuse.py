@@ -65,43 +65,52 @@ CASES: dict[str, tuple[Wrong, str]] = {
     ),
     "x of no tensor": (lambda m, _: m.MXD.encode([1.0]), "TypeError: x must be a tensor of activations; got list."),
     "x of another type under autocast": (lambda m, _: m.under_autocast(), "nothing"),
-    "one block": (lambda m, gpt2: mxd.mlp_pairs(gpt2, IDS, 3), "TypeError: layers must be several blocks' indices"),
-    "one block captured": (lambda m, gpt2: m.enter(mxd.capture_mlp(gpt2, 3)), "such as [3]; got 3."),
-    "a block's name": (lambda m, gpt2: mxd.find_mlp(gpt2, "1"), "TypeError: A layer must be the index of a block"),
+    "one block": (lambda m, gpt2: m.mxd.mlp_pairs(gpt2, IDS, 3), "TypeError: layers must be several blocks' indices"),
+    "one block captured": (lambda m, gpt2: m.enter(m.mxd.capture_mlp(gpt2, 3)), "such as [3]; got 3."),
+    "a block's name": (lambda m, gpt2: m.mxd.find_mlp(gpt2, "1"), "TypeError: A layer must be the index of a block"),
     "a batch of a tokenizer": (
-        lambda m, gpt2: mxd.mlp_pairs(gpt2, m.Batch(), [1]),
+        lambda m, gpt2: m.mxd.mlp_pairs(gpt2, m.Batch(), [1]),
         "TypeError: input_ids must be a tensor of token ids; got Batch. Give its .input_ids, and its .attention_mask",
     ),
-    "lists of ids": (lambda m, gpt2: mxd.mlp_pairs(gpt2, [[1, 2]], [1]), "got list. Ask the tokenizer for return_ten"),
+    "lists of ids": (
+        lambda m, gpt2: m.mxd.mlp_pairs(gpt2, [[1, 2]], [1]),
+        "got list. Ask the tokenizer for return_ten",
+    ),
     "ids without a batch": (
-        lambda m, gpt2: mxd.mlp_pairs(gpt2, IDS[0], [1]),
+        lambda m, gpt2: m.mxd.mlp_pairs(gpt2, IDS[0], [1]),
         "ValueError: input_ids must have shape (batch, seq); got (7,). For one text, give input_ids[None].",
     ),
-    "ids that are none": (lambda m, gpt2: mxd.mlp_pairs(gpt2, IDS.float(), [1]), "TypeError: input_ids must be whole"),
+    "ids that are none": (
+        lambda m, gpt2: m.mxd.mlp_pairs(gpt2, IDS.float(), [1]),
+        "TypeError: input_ids must be whole",
+    ),
     "a model in a tuple": (
-        lambda m, gpt2: mxd.mlp_pairs(m.Pair(gpt2), IDS, [1]),
+        lambda m, gpt2: m.mxd.mlp_pairs(m.Pair(gpt2), IDS, [1]),
         "TypeError: model must be a Hugging Face language model; got Pair. Give its .model.",
     ),
-    "a model's name": (lambda m, _: mxd.find_mlp("gpt2", 1), "TypeError: model must be a Hugging Face language model"),
+    "a model's name": (
+        lambda m, _: m.mxd.find_mlp("gpt2", 1),
+        "TypeError: model must be a Hugging Face language model",
+    ),
     "a layer without its block": (
-        lambda m, gpt2: m.enter(mxd.replace_mlp(gpt2, m.LAYER)),
+        lambda m, gpt2: m.enter(m.mxd.replace_mlp(gpt2, m.LAYER)),
         "TypeError: replacements must be given by block, such as {3: ...}; got Transcoder.",
     ),
     "a folder for a layer": (
-        lambda m, gpt2: m.enter(mxd.replace_mlp(gpt2, {1: "RUN/layers/1"})),
+        lambda m, gpt2: m.enter(m.mxd.replace_mlp(gpt2, {1: "RUN/layers/1"})),
         "TypeError: What stands in for block 1's MLP must be a sparse layer, an MlpSite, a module or a function of x; "
         "got 'RUN/layers/1'. Load layers with mxd.load.",
     ),
     "one token that passes": (
-        lambda m, gpt2: m.enter(mxd.replace_mlp(gpt2, {1: m.LAYER}, passthrough=0)),
+        lambda m, gpt2: m.enter(m.mxd.replace_mlp(gpt2, {1: m.LAYER}, passthrough=0)),
         "TypeError: passthrough must be several token ids, such as [tokenizer.bos_token_id]; got 0.",
     ),
     "no token that passes": (
-        lambda m, gpt2: m.enter(mxd.replace_mlp(gpt2, {1: m.LAYER}, passthrough=[None])),
+        lambda m, gpt2: m.enter(m.mxd.replace_mlp(gpt2, {1: m.LAYER}, passthrough=[None])),
         "TypeError: passthrough must be several token ids",
     ),
     "blocks to ablate": (
-        lambda m, gpt2: m.enter(mxd.ablate_mlp(gpt2, [1])),
+        lambda m, gpt2: m.enter(m.mxd.ablate_mlp(gpt2, [1])),
         "TypeError: means must be given by block, such as {3: ...}; got [1].",
     ),
 }

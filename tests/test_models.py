@@ -27,12 +27,11 @@ GEMMA = {**LLAMA, "head_dim": 8}
 EXPERTS = {**GEMMA, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 20}
 ROUTED = {**GEMMA, "num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2}
 MOE = {**EXPERTS, "num_local_experts": 4, "shared_expert_intermediate_size": 24}
-DEEPSEEK = {**MOE, "head_dim": 4, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "n_shared_experts": 1}
-DEEPSEEK |= {"first_k_dense_replace": 1, "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4}
-DEEPSEEK |= {"qk_nope_head_dim": 4, "v_head_dim": 8}
-LINEAR_ATTENTION: dict[str, object] = {"linear_num_value_heads": 4, "linear_num_key_heads": 2}
-LINEAR_ATTENTION |= {"layer_types": ["linear_attention", "full_attention", "linear_attention"]}
-LINEAR_ATTENTION |= {"linear_key_head_dim": 8, "linear_value_head_dim": 8}
+LATENT_ATTENTION = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
+SHARED = {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "n_shared_experts": 1, "first_k_dense_replace": 1}
+DEEPSEEK = {**MOE, **LATENT_ATTENTION, **SHARED, "head_dim": 4}
+HEADS = {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+LINEAR_ATTENTION = {**HEADS, "layer_types": ["linear_attention", "full_attention", "linear_attention"]}
 LFM = {**LLAMA, "block_auto_adjust_ff_dim": False, "layer_types": ["conv", "full_attention", "full_attention"]}
 MAMBA = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1}
 GPT = {"vocab_size": 97, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64, **TOKENS}
@@ -43,10 +42,9 @@ OPT = {**SIZES, "ffn_dim": 48}
 EYES = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "image_size": 28}
 GEMMA3: dict[str, object] = {"text_config": GEMMA, "vision_config": EYES, "image_token_id": 96}
 
-GEMMA4 = {**GEMMA, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 97, "global_head_dim": 8}
-GEMMA4 |= {"layer_types": ["full_attention"] * 3}
-GEMMA3N = {**GEMMA, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 97, "num_kv_shared_layers": 0}
-GEMMA3N |= {"laurel_rank": 4, "activation_sparsity_pattern": [0.0] * 3}
+INNER = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 97}
+GEMMA4 = {**GEMMA, **INNER, "global_head_dim": 8, "layer_types": ["full_attention"] * 3}
+GEMMA3N = {**GEMMA, **INNER, "num_kv_shared_layers": 0, "laurel_rank": 4, "activation_sparsity_pattern": [0.0] * 3}
 
 
 class Family(NamedTuple):
@@ -203,8 +201,10 @@ def test_facts(name: str) -> None:
     assert ".2" in site.path
 
 
-MIXTURES = {"deepseek_v2", "deepseek_v3", "dots1", "ernie4_5_moe", "glm4_moe", "gpt_oss", "granitemoe", "lfm2_moe"}
-MIXTURES |= {"llama4_text", "mixtral", "olmoe", "phimoe", "qwen2_moe", "qwen3_5_moe_text", "qwen3_moe", "qwen3_next"}
+MIXTURES = {
+    *("deepseek_v2", "deepseek_v3", "dots1", "ernie4_5_moe", "glm4_moe", "gpt_oss", "granitemoe", "lfm2_moe"),
+    *("llama4_text", "mixtral", "olmoe", "phimoe", "qwen2_moe", "qwen3_5_moe_text", "qwen3_moe", "qwen3_next"),
+}
 
 
 @every_family
