@@ -27,13 +27,23 @@ from mxd.layers import (
     TranscoderConfig,
     register_kind,
 )
-from mxd.models import ablate_mlp, capture_mlp, find_mlp, load_language_model, mlp_pairs, replace_mlp
+from mxd.models import (
+    LanguageModel,
+    ablate_mlp,
+    capture_mlp,
+    find_mlp,
+    load_language_model,
+    mlp_pairs,
+    replace_mlp,
+)
+from mxd.reading import codes, latent_statistics
 
 __version__ = version("mxd")
 
 __all__ = [
     "LAYERS",
     "Checkpoint",
+    "LanguageModel",
     "LinearTransformMixture",
     "LinearTransformMixtureConfig",
     "LowRankMixture",
@@ -53,8 +63,10 @@ __all__ = [
     "TranscoderConfig",
     "ablate_mlp",
     "capture_mlp",
+    "codes",
     "find_mlp",
     "from_pretrained",
+    "latent_statistics",
     "load",
     "load_checkpoint",
     "load_language_model",
