@@ -113,8 +113,10 @@ def num_layers(model: nn.Module) -> int:
     """Return the number of blocks of a language model.
 
     Raises:
+        TypeError: If the model is none of PyTorch's.
         ValueError: If the model is of no listed family and its config does not say.
     """
+    _require_model(model)
     known = MLP_SITES.get(_model_type(model))
     if known is not None:
         return len(list(_submodule(model, known.path.partition(".{layer}")[0]).children()))
