@@ -130,7 +130,7 @@ REFUSED_FILES: dict[str, tuple[Callable[[TinyRun, Path], Settings], tuple[str, .
         unlisted_family,
         ("must be of a family", "got model_type 'gpt_neox_japanese'", "--module", "'gpt_neox_japanese.layers.{layer}"),
     ),
-    "model that reads both ways": (bidirectional, ("must be causal", "a bidirectional encoder (model_type bert)")),
+    "model that reads both ways": (bidirectional, ("must be causal", "reads in both directions (model_type bert)")),
     "empty text": (text_of("a.txt", b""), ("must hold at least one document", "a.txt holds none", "Give other")),
     "text of blanks": (text_of("a.txt", b" \n\n "), ("must hold at least one document", "a.txt holds none")),
     "short text": (text_of("a.txt", b"too few\n\nwords"), ("one batch of 512", "a.txt", "too few", "--batch-tokens")),

@@ -33,6 +33,7 @@ class Pair(NamedTuple):
 
 
 LAYER = mxd.Transcoder(mxd.TranscoderConfig(d_in=32, d_out=32, num_latents=16, k=4))
+WIDE = mxd.Transcoder(mxd.TranscoderConfig(d_in=256, d_out=256, num_latents=16, k=4))
 SAE = mxd.TopKAutoencoder(mxd.TopKAutoencoderConfig(d_in=32, num_latents=16, k=4))
 MXD = mxd.MixtureOfDecoders(mxd.MixtureOfDecodersConfig(d_in=32, d_hidden=8, d_out=32, num_experts=9, k=4))
 
@@ -65,6 +66,18 @@ CASES: dict[str, tuple[Wrong, str]] = {
     ),
     "x of no tensor": (lambda m, _: m.MXD.encode([1.0]), "TypeError: x must be a tensor of activations; got list."),
     "x of another type under autocast": (lambda m, _: m.under_autocast(), "nothing"),
+    "a provenance that is none": (
+        lambda m, _: setattr(m.SAE, "provenance", {"layer": 1}),
+        "TypeError: provenance must be a mxd.Provenance; got dict.",
+    ),
+    "a model where a loaded one is wanted": (
+        lambda m, gpt2: m.mxd.codes(gpt2, m.LAYER, "a"),
+        "TypeError: language_model must be a model with its tokenizer; got GPT2LMHeadModel. mxd.load_language_model",
+    ),
+    "texts of ids": (
+        lambda m, gpt2: m.mxd.codes(m.mxd.load_language_model("bundled"), m.WIDE, [[1, 2]], block=3),
+        "TypeError: texts must be strings; got list. Decode token ids first.",
+    ),
     "one block": (lambda m, gpt2: m.mxd.mlp_pairs(gpt2, IDS, 3), "TypeError: layers must be several blocks' indices"),
     "one block captured": (lambda m, gpt2: m.enter(m.mxd.capture_mlp(gpt2, 3)), "such as [3]; got 3."),
     "a block's name": (lambda m, gpt2: m.mxd.find_mlp(gpt2, "1"), "TypeError: A layer must be the index of a block"),

@@ -295,7 +295,7 @@ def test_dense_blocks_beside_mixtures_of_experts() -> None:
 def test_models_that_read_both_ways_are_refused_as_such() -> None:
     sizes = {"hidden_size": 8, "num_attention_heads": 1, "num_hidden_layers": 1, "intermediate_size": 8}
     encoder = hf.AutoModel.from_config(hf.AutoConfig.for_model("bert", **sizes))
-    with pytest.raises(ValueError, match=r"must be causal.*bidirectional encoder \(model_type bert\)"):
+    with pytest.raises(ValueError, match=r"must be causal.*both directions \(model_type bert\)"):
         find_mlp(encoder, 0)
     decoder = hf.AutoModel.from_config(hf.AutoConfig.for_model("bert", is_decoder=True, **sizes))
     with pytest.raises(ValueError, match="must be of a family"):

@@ -191,10 +191,11 @@ class _Reader:
         tokenizer = self._language_model.tokenizer
         if not texts:
             return
+        is_fast = bool(getattr(tokenizer, "is_fast", False))
         with whole_offsets(tokenizer):
-            encoded = encode_texts(tokenizer, texts, return_offsets_mapping=bool(tokenizer.is_fast))
+            encoded = encode_texts(tokenizer, texts, return_offsets_mapping=is_fast)
         every: list[list[int]] = encoded["input_ids"]
-        offsets = encoded["offset_mapping"] if tokenizer.is_fast else [None] * len(texts)
+        offsets = encoded["offset_mapping"] if is_fast else [None] * len(texts)
         pieces = [
             _Piece(number, ids[first : first + self.body])
             for number, ids in enumerate(every)
@@ -248,7 +249,7 @@ class _Reader:
 def _joined(parts: Sequence[SparseCode], layer: SparseLayer) -> SparseCode:
     """Return codes one below the other, padded to the widest."""
     if not parts:
-        empty = torch.zeros(0, layer.k)
+        empty = torch.zeros(0, layer.k, dtype=layer.scorer.bias.dtype)
         return SparseCode(empty, empty.long())
     width = max(part.values.shape[-1] for part in parts)
     padded = ([pad(part, (0, width - part.shape[-1])) for part in column] for column in zip(*parts, strict=True))

@@ -2,8 +2,8 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import MISSING, fields
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol, cast, runtime_checkable
+from dataclasses import MISSING, fields, is_dataclass
+from typing import ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -127,11 +127,16 @@ class SparseLayer(nn.Module, ABC):
         """Where the layer belongs and how it came about, as far as is known; it is saved with the layer.
 
         Loading fills it in. To set it is to say it of the weights as they are.
+
+        Raises:
+            TypeError: If it is set to something else.
         """
         return self._provenance
 
     @provenance.setter
     def provenance(self, provenance: Provenance) -> None:
+        if not isinstance(provenance, Provenance):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"provenance must be a mxd.Provenance; got {type(provenance).__name__}.")
         self._provenance, self.loaded_sha256 = provenance, None
 
     @property
@@ -157,8 +162,7 @@ class SparseLayer(nn.Module, ABC):
     def extra_repr(self) -> str:
         """Return what printing the layer shows of it: sizes, what else was chosen, and where it belongs."""
         shown: dict[str, object] = {name: getattr(self, name) for name in ("d_in", "d_out", "num_latents", "k")}
-        # Every config is a dataclass.
-        for field in fields(cast(Any, self.config)):
+        for field in fields(self.config) if is_dataclass(self.config) else ():
             value = getattr(self.config, field.name)
             if field.default is MISSING or value != field.default:
                 shown.setdefault(field.name, value)

@@ -3,7 +3,6 @@
 Nothing here looks into a tensor, so no device is waited for.
 """
 
-import operator
 import re
 from collections.abc import Collection, Mapping
 
@@ -76,7 +75,7 @@ def require_tokens(tokens: object) -> None:
     Raises:
         TypeError: If they are not.
     """
-    if isinstance(tokens, str) or not isinstance(tokens, Collection) or None in tokens:
+    if isinstance(tokens, str) or not isinstance(tokens, Collection) or any(token is None for token in tokens):
         raise TypeError(
             f"passthrough must be several token ids, such as [tokenizer.bos_token_id]; got {_short(tokens)}."
         )
@@ -112,7 +111,7 @@ def require_own_place(model: nn.Module, site: MlpSite, provenance: Provenance) -
         ValueError: If it belongs elsewhere.
     """
     allow = "Pass allow_misplaced=True to put it there nevertheless."
-    if provenance.layer is not None and provenance.layer != operator.index(site.layer):
+    if provenance.layer is not None and provenance.layer != site.layer:
         raise ValueError(
             f"A layer must stand in the block whose MLP it was trained on, {provenance.layer}; got block "
             f"{site.layer}. {allow}"

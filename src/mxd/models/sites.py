@@ -1,5 +1,6 @@
 """Where a language model keeps its MLPs, and what they are."""
 
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, cast
@@ -146,8 +147,10 @@ def find_mlp(model: nn.Module, layer: int, module_path: str | None = None) -> Ml
             not exist or leads to single experts of a mixture; if there is no such layer.
     """
     _require_model(model)
-    if not hasattr(layer, "__index__"):
-        raise TypeError(f"A layer must be the index of a block; got {layer!r:.60}.")
+    try:
+        layer = operator.index(layer)
+    except TypeError as error:
+        raise TypeError(f"A layer must be the index of a block; got {layer!r:.60}.") from error
     known = MLP_SITES.get(_model_type(model))
     if module_path is not None and "{layer}" not in module_path:
         raise ValueError(
@@ -203,15 +206,14 @@ def require_causal(config: object, name: str) -> None:
     """Check that a model predicts each token from those before it alone, as far as its configuration says.
 
     Raises:
-        ValueError: If it is an encoder of masked text, such as BERT.
+        ValueError: If it is one of masked text, such as BERT.
     """
     from transformers import MODEL_FOR_MASKED_LM_MAPPING
 
     if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
         raise ValueError(
-            "A model must be causal, predicting each token from those before it; found "
-            f"'{name}', a bidirectional encoder (model_type {getattr(config, 'model_type', 'unknown')}). "
-            "Give a model that generates text."
+            f"A model must be causal, predicting each token from those before it; found '{name}', which reads in both "
+            f"directions (model_type {getattr(config, 'model_type', 'unknown')}). Give a model that generates text."
         )
 
 
