@@ -65,8 +65,8 @@ def load_language_model(
 
     Raises:
         FileNotFoundError: If the folder, its config.json, its safetensors weights or its tokenizer do not exist.
-        ValueError: If the device cannot be used, the hub has no such model or cannot be reached, the model
-            reads in both directions, the weights are damaged or do not fit the config, or transformers does not know the
+        ValueError: If the device cannot be used, the hub has no such model or cannot be reached, the model reads in
+            both directions, the weights are damaged or do not fit the config, or transformers does not know the
             architecture, cannot use the config or misses a library that the model needs.
     """
     device = resolve_device(str(device))
