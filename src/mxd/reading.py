@@ -154,9 +154,9 @@ class _Reader:
         if block is None:
             raise ValueError("The layer's provenance does not say whose MLP it stands for: give block, its index.")
         site = find_mlp(language_model.module, block, module_path)
-        require_widths(site, layer)
         if not allow_misplaced:
             require_own_place(language_model.module, site, layer.provenance)
+        require_widths(site, layer)
         self._language_model, self._layer, self._block, self._module_path = language_model, layer, block, module_path
         self.bos = bos_token(language_model.tokenizer)
         """The token that begins a context."""

@@ -286,9 +286,9 @@ def replace_mlp(
     steps: dict[MlpSite, _Step] = {}
     for layer, replacement in replacements.items():
         require_replacement(layer, replacement)
-        require_widths(sites[layer], replacement)
         if isinstance(replacement, SparseLayer) and not allow_misplaced:
             require_own_place(model, sites[layer], replacement.provenance)
+        require_widths(sites[layer], replacement)
         steps[sites[layer]] = partial(_replacement_step, sites[layer], replacement, kept)
     with ExitStack() as stack:
         if kept is not None:
