@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 
+from mxd.layers import LAYERS, LayerKind
 from tests import tiny_model
 from tests.tiny_run import Command, TinyRun, command, tiny_run
 from tests.train_command import Trainer
@@ -39,6 +40,15 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
     """The run of this session."""
     return tiny_run(tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture
+def kinds() -> Iterator[dict[str, LayerKind]]:
+    """The kinds of layer; those that a test registers are forgotten after it."""
+    before = dict(LAYERS)
+    yield LAYERS
+    LAYERS.clear()
+    LAYERS.update(before)
 
 
 @pytest.fixture

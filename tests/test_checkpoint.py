@@ -217,7 +217,10 @@ CHANGES: dict[str, tuple[Callable[[Settings], object], str]] = {
     "k above the latents": (lambda c: part(c, "layer").update(k=13), r"k must lie in \[1, 12\]"),
     "layer that is no object": (lambda c: c.update(layer=[1]), r"must give layer as dict; got \[1\]"),
     "kind that is no text": (lambda c: c.update(kind=["mxd"]), r"must give kind as str; got \['mxd'\]"),
-    "unknown kind": (lambda c: c.update(kind="crosscoder"), r"kind must be one of mxd, .*got 'crosscoder'"),
+    "unknown kind": (
+        lambda c: c.update(kind="crosscoder"),
+        r"kind that is registered, mxd, .*of 'crosscoder'. Import what registers",
+    ),
     "other kind": (lambda c: c.update(kind="transcoder"), r"unknown keys in layer: .*activation"),
     "other format version": (lambda c: c.update(format_version=2), r"must have format version 1; it has 2"),
     "other format": (lambda c: c.update(format="sae"), r"must describe an mxd layer .*some other configuration"),

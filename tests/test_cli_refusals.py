@@ -44,6 +44,7 @@ REFUSED_FLAGS: dict[str, tuple[Settings, tuple[str, ...]]] = {
     "no tokens": ({"tokens": 0}, ("tokens must be at least 1", "got 0")),
     "snapshots at no time": ({"snapshot_every": "nan"}, ("snapshot-every must be a number of seconds", "got nan")),
     "module that is not there": ({"module": "model.layers.{layer}.ffn"}, ("has no 'ffn'", "Give a path that exists")),
+    "module of hidden width": ({"module": "model.layers.{layer}.mlp.act_fn"}, ("is given vectors 40 wide", "say 16")),
 }
 
 
@@ -82,8 +83,13 @@ def altered_weights(tiny: TinyRun, folder: Path) -> Settings:
 
 
 def unlisted_family(tiny: TinyRun, folder: Path) -> Settings:
-    sizes = {"d_model": 16, "n_heads": 2, "n_layers": 2, "max_seq_len": 64, "vocab_size": 259}
-    return {"model": other_model(tiny, folder / "model", "mpt", **sizes)}
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2, "vocab_size": 259}
+    return {"model": other_model(tiny, folder / "model", "gpt_neox_japanese", **sizes)}
+
+
+def bidirectional(tiny: TinyRun, folder: Path) -> Settings:
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2, "vocab_size": 259}
+    return {"model": other_model(tiny, folder / "model", "bert", **sizes)}
 
 
 def text_of(name: str, content: bytes) -> Callable[[TinyRun, Path], Settings]:
@@ -120,7 +126,11 @@ REFUSED_FILES: dict[str, tuple[Callable[[TinyRun, Path], Settings], tuple[str, .
     "model with pickled weights": (pickled_weights, ("must have safetensors weights", "pickles", "are refused")),
     "truncated model": (truncated_weights, ("must be complete safetensors", "model.safetensors' truncated", "again")),
     "altered model": (altered_weights, ("must be complete safetensors", "damaged", "again")),
-    "family without a known MLP": (unlisted_family, ("must be of a known family", "got model_type 'mpt'", "--module")),
+    "family without a known MLP": (
+        unlisted_family,
+        ("must be of a family", "got model_type 'gpt_neox_japanese'", "--module", "'gpt_neox_japanese.layers.{layer}"),
+    ),
+    "model that reads both ways": (bidirectional, ("must be causal", "reads in both directions (model_type bert)")),
     "empty text": (text_of("a.txt", b""), ("must hold at least one document", "a.txt holds none", "Give other")),
     "text of blanks": (text_of("a.txt", b" \n\n "), ("must hold at least one document", "a.txt holds none")),
     "short text": (text_of("a.txt", b"too few\n\nwords"), ("one batch of 512", "a.txt", "too few", "--batch-tokens")),

@@ -15,6 +15,7 @@ import torch
 
 import mxd
 from mxd.cli import main
+from mxd.models import MLP_SITES
 
 ROOT = Path(__file__).parent.parent
 PAGES = {
@@ -118,9 +119,9 @@ def test_what_a_page_calls_of_mxd_is_there() -> None:
             assert hasattr(mxd, name), (example.page, name)
 
 
-def saved(folder: Path) -> None:
+def saved(folder: Path, provenance: mxd.Provenance | None = None) -> None:
     config = mxd.MixtureOfDecodersConfig(d_in=256, d_hidden=1024, d_out=256, num_experts=64, k=32)
-    mxd.save(mxd.MixtureOfDecoders(config, torch.Generator().manual_seed(0)), folder)
+    mxd.save(mxd.MixtureOfDecoders(config, torch.Generator().manual_seed(0)), folder, provenance)
 
 
 @pytest.mark.parametrize("page", ["docs/models.md", "docs/runs.md", "docs/steering.md", "docs/multilinear.md"])
@@ -132,6 +133,22 @@ def test_the_first_example_of_these_pages_runs(page: str, tmp_path: Path, monkey
     names: dict[str, object] = {"x": torch.randn(10, 1024)}
     exec(compile(first.lines, page, "exec"), names)
     assert len(names) > 2
+
+
+def test_the_example_of_texts_and_codes_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved(tmp_path / "RUN/layers/3/mxd-k32", mxd.Provenance(layer=3))
+    monkeypatch.chdir(tmp_path)
+    example = next(example for example in PYTHON if "mxd.codes(" in example.lines)
+    exec(compile(example.lines, example.page, "exec"), {})
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first == "['import', ' os'] [(0, 6), (6, 9)] torch.Size([2, 32])"
+
+
+def test_the_page_on_models_lists_the_families() -> None:
+    rows = re.findall(r"^\| (`[^|]*)\|", PAGES["docs/models.md"].read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert {name for row in rows for name in re.findall(r"`([\w-]+)`", row)} == {*MLP_SITES, "model_type"}
 
 
 def test_the_example_of_the_baselines_runs() -> None:

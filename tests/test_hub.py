@@ -93,6 +93,27 @@ def test_pushing_uploads_layers_and_card_and_nothing_else(tmp_path: Path, monkey
     assert (tmp_path / CARD_FILE).is_file()
 
 
+def test_a_layer_is_pushed_as_it_would_be_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Hub:
+        def __init__(self, token: str | None) -> None: ...
+
+        def create_repo(self, repository: str, **options: Any) -> None:
+            assert repository == "someone/layer"
+
+        def upload_folder(self, *, folder_path: Path, **options: Any) -> str:
+            copied(folder_path, tmp_path / "pushed")
+            return "commit"
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    one = layer()
+    one.provenance = Provenance(model="openai-community/gpt2", revision="607a", layer=8)
+    assert mxd.push_to_hub(one, "someone/layer") == "commit"
+    pushed = mxd.from_pretrained(str(tmp_path / "pushed"))
+    assert torch.equal(pushed.get_parameter("W_enc"), one.W_enc)
+    assert pushed.provenance == one.provenance
+    assert "base_model" in (tmp_path / "pushed" / CARD_FILE).read_text()
+
+
 def test_a_folder_without_a_layer_cannot_be_pushed(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="must hold a layer or a finished run"):
         mxd.push_to_hub(tmp_path, "someone/layers")

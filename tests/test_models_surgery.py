@@ -3,10 +3,11 @@ from contextlib import AbstractContextManager
 
 import pytest
 import torch
+import transformers as hf
 from torch import Tensor, nn
 
 from mxd.layers import TopKAutoencoder, TopKAutoencoderConfig, Transcoder, TranscoderConfig
-from mxd.models import MlpPair, ablate_mlp, capture_mlp, find_mlp, mlp_pairs, num_layers, replace_mlp
+from mxd.models import MlpPair, ablate_mlp, capture_mlp, find_mlp, mlp_pairs, mlp_weights, num_layers, replace_mlp
 from tests.test_models import IDS, build, forwards, logits, model_of, zeros
 
 
@@ -246,13 +247,68 @@ def test_a_listed_family_accepts_a_path() -> None:
     assert find_mlp(model, 1, "transformer.h.{layer}.self_attention.dense").d_hidden == 128
 
 
+@pytest.mark.parametrize(
+    ("name", "part", "widths"),
+    [("gpt2", "c_fc", (32, 128)), ("gpt2", "c_proj", (128, 32)), ("llama", "up_proj", (32, 48))],
+)
+def test_a_linear_layer_is_as_wide_as_it_is(name: str, part: str, widths: tuple[int, int]) -> None:
+    model = model_of(name)
+    path = find_mlp(model, 1).path.replace(".1.", ".{layer}.") + f".{part}"
+    site = find_mlp(model, 1, path)
+    assert (site.d_in, site.d_out, site.gated) == (*widths, False)
+    pair = mlp_pairs(model, IDS, [1], module_path=path)[1]
+    assert (pair.x.shape[-1], pair.target.shape[-1]) == widths
+    torch.manual_seed(1)
+    layer = Transcoder(TranscoderConfig(d_in=site.d_in, d_out=site.d_out, num_latents=16, k=4))
+    with torch.no_grad(), replace_mlp(model, {1: layer}, module_path=path), capture_mlp(model, [1], path) as pairs:
+        logits(model)
+        torch.testing.assert_close(pairs[1].target, layer(pairs[1].x).prediction)
+
+
+def test_widths_that_do_not_show_are_said_when_they_are_seen() -> None:
+    model, path = model_of("llama"), "model.layers.{layer}.mlp.act_fn"
+    message = r"'model\.layers\.1\.mlp\.act_fn' is given vectors 48 wide, where .* say 32\. Give the path of a module"
+    with pytest.raises(ValueError, match=message):
+        mlp_pairs(model, IDS, [1], module_path=path)
+    with replace_mlp(model, {1: zeros}, module_path=path), pytest.raises(ValueError, match=message):
+        logits(model)
+    assert forwards(model) == []
+
+
+def test_dense_blocks_beside_mixtures_of_experts() -> None:
+    model = model_of("deepseek_v3")
+    dense, mixture = find_mlp(model, 0), find_mlp(model, 1)
+    assert (dense.d_hidden, mixture.d_hidden) == (48, 2 * 20 + 20)
+    assert mlp_weights(dense).W_enc.shape == (32, 48)
+    with pytest.raises(ValueError, match="must be dense linear maps"):
+        mlp_weights(mixture)
+    experts = "model.layers.{layer}.mlp.experts"
+    message = r"Blocks 1-2 are mixtures of experts, 0 are dense: give .* 'model\.layers\.\{layer\}\.mlp'"
+    with pytest.raises(ValueError, match=message):
+        find_mlp(model, 1, experts)
+    with pytest.raises(ValueError, match="has no 'experts'"):
+        find_mlp(model, 0, experts)
+    shared = "model.layers.{layer}.mlp.shared_experts"
+    assert mlp_pairs(model, IDS, [1], module_path=shared)[1].x.shape == (2, 7, 32)
+
+
+def test_models_that_read_both_ways_are_refused_as_such() -> None:
+    sizes = {"hidden_size": 8, "num_attention_heads": 1, "num_hidden_layers": 1, "intermediate_size": 8}
+    encoder = hf.AutoModel.from_config(hf.AutoConfig.for_model("bert", **sizes))
+    with pytest.raises(ValueError, match=r"must be causal.*both directions \(model_type bert\)"):
+        find_mlp(encoder, 0)
+    decoder = hf.AutoModel.from_config(hf.AutoConfig.for_model("bert", is_decoder=True, **sizes))
+    with pytest.raises(ValueError, match="must be of a family"):
+        find_mlp(decoder, 0)
+
+
 def enter(context: AbstractContextManager[object]) -> None:
     with context:
         pass
 
 
 FAILURES: list[tuple[Callable[[nn.Module], object], str]] = [
-    (lambda _: find_mlp(OddModel(), 0), r"known family \(bloom, .*'OddModel'.*--module 'path\.\{layer\}"),
+    (lambda _: find_mlp(OddModel(), 0), r"family .*'OddModel'.*--module .*'layers\.\{layer\}\.ff'"),
     (lambda m: find_mlp(m, 3), r"must lie in \[0, 2\], the 3 blocks of GPT2LMHeadModel; got 3"),
     (lambda m: find_mlp(m, -1), r"got -1"),
     (lambda m: find_mlp(m, 0, "transformer.h.0.mlp"), r"must contain '\{layer\}'"),

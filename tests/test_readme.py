@@ -1,3 +1,4 @@
+import json
 import re
 from pathlib import Path
 
@@ -30,6 +31,18 @@ def test_the_python_lines_run_as_they_stand(
     assert capsys.readouterr().out == "rank of an expert: 256 of 256\n"
 
 
+@pytest.mark.usefixtures("kinds")
 @pytest.mark.parametrize("lines", blocks(LAYERS_PAGE))
-def test_the_examples_of_the_page_on_layers_run(lines: str) -> None:
-    exec(compile(lines, str(LAYERS_PAGE), "exec"), {})
+def test_the_examples_of_the_page_on_layers_run(
+    lines: str, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = [json.loads(line)["text"] for line in text.read_text(encoding="utf-8").splitlines()]
+    Path("notes.txt").write_text("\n\n".join(words), encoding="utf-8")
+    names: dict[str, object] = {}
+    exec(compile(lines, str(LAYERS_PAGE), "exec"), names)
+    if "Tied" in names:
+        layer = names["layer"]
+        assert type(layer) is names["Tied"]
+        assert isinstance(layer, mxd.SparseLayer)
+        assert (layer.kind, layer.d_out, layer.k, layer.provenance.layer) == ("tied", 256, 8, 3)

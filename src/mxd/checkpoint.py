@@ -8,6 +8,7 @@ whatever their layout in memory.
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import chain, islice
@@ -20,7 +21,9 @@ from safetensors.torch import load_file, save
 
 from mxd.atomic import file_sha256, json_text, sync_folder, write_json_atomically, write_together
 from mxd.edits import Edit, edits_of, with_edits
-from mxd.layers import SparseLayer, require_kind
+from mxd.layers import LAYERS, Provenance, SparseLayer, field_types, require_kind, require_kind_of
+
+logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 EDITS_VERSION = 1
@@ -36,39 +39,13 @@ LATER_FIELDS: Mapping[str, object] = {"selection": "topk", "shared_expert": Fals
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Provenance:
-    """Where a layer belongs and how it came about; every field is None where it is not known."""
-
-    model: str | None = None
-    """Hub id or folder of the language model whose MLP was decomposed."""
-    revision: str | None = None
-    """The model's revision on the hub."""
-    layer: int | None = None
-    """Index of the block whose MLP the layer stands for."""
-    module_path: str | None = None
-    """Dotted path of that MLP in the Hugging Face model; x is its input and the target its output, unfolded."""
-    text: str | None = None
-    """What the layer was trained on."""
-    tokens_trained: int | None = None
-    """Number of tokens it was trained on."""
-    seed: int | None = None
-    """Seed of its initialisation."""
-    init: str | None = None
-    """Name of its initialisation."""
-    special_positions: str | None = None
-    """`replace`, or `passthrough` where the original MLP stays at special tokens."""
-    mxd_version: str | None = None
-    """Version of mxd that trained it."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Checkpoint:
     """A layer together with where it belongs."""
 
     layer: SparseLayer
     """The layer, in evaluation mode."""
     provenance: Provenance
-    """Where it belongs."""
+    """Where it belongs, which the layer itself remembers too."""
     weights_sha256: str
     """SHA-256 of the file of its weights, which edits leave as it is."""
 
@@ -81,34 +58,50 @@ def save_layer(layer: SparseLayer, folder: str | Path, provenance: Provenance | 
     Args:
         layer: The layer; it is moved to the CPU for writing and stays as it is.
         folder: Where to write; made where it does not exist.
-        provenance: Where the layer belongs, if it is known.
+        provenance: Where the layer belongs; what the layer itself says of that where None. Of a layer that was loaded
+            and whose weights have changed since, that is its place only, and not how the loaded weights came about.
 
     Raises:
-        ValueError: If the folder could not be loaded: the layer's kind is not registered, or its weights have
-            several types.
+        ValueError: If the folder could not be loaded: the layer's kind is not registered or another class's, or its
+            weights have several types.
         OSError: If the folder cannot be written.
     """
-    require_kind(layer.kind)
+    require_kind_of(layer)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in layer.state_dict().items()}
     _require_one_dtype(layer.kind, tensors)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     weights = save(tensors)
+    sha256 = hashlib.sha256(weights).hexdigest()
     config = {
         "format": "mxd",
         "format_version": FORMAT_VERSION,
         "kind": layer.kind,
         "layer": asdict(layer.config),  # pyright: ignore[reportArgumentType]  # every config is a dataclass
-        "provenance": asdict(provenance or Provenance()),
-        "weights_sha256": hashlib.sha256(weights).hexdigest(),
+        "provenance": asdict(_remembered(layer, sha256, folder) if provenance is None else provenance),
+        "weights_sha256": sha256,
     }
     files = {folder / WEIGHTS_FILE: weights, folder / CONFIG_FILE: json_text(config).encode()}
     edits = edits_of(layer)
     if edits:
-        files[folder / EDITS_FILE] = json_text(_edits_content(edits, str(config["weights_sha256"]))).encode()
+        files[folder / EDITS_FILE] = json_text(_edits_content(edits, sha256)).encode()
     write_together(files)
     if not edits:
         (folder / EDITS_FILE).unlink(missing_ok=True)
+
+
+def _remembered(layer: SparseLayer, sha256: str, folder: Path) -> Provenance:
+    """Return what a layer says of its provenance that is still true of its weights."""
+    known = layer.provenance
+    if layer.loaded_sha256 in (None, sha256) or known == known.place:
+        return known
+    logger.warning(
+        "The weights of this %s have changed since they were loaded: %s keeps the block and the model that it belongs "
+        "to, and not what it was trained on. Pass provenance= to say that.",
+        layer.kind,
+        folder / CONFIG_FILE,
+    )
+    return known.place
 
 
 def save_edits(folder: str | Path, *groups: Sequence[Edit]) -> None:
@@ -237,6 +230,11 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     """Return a layer with its provenance; see `load_layer`."""
     folder = _layer_folder(Path(path))
     config = _read_config(folder / CONFIG_FILE)
+    if config["kind"] not in LAYERS:
+        raise ValueError(
+            f"{folder / CONFIG_FILE} must be of a kind that is registered, {', '.join(LAYERS)}; it is of "
+            f"{config['kind']!r}. Import what registers that (mxd.register_kind) before, or upgrade mxd."
+        )
     layer_kind = require_kind(cast(str, config["kind"]))
     known = {field.name for field in fields(layer_kind.config)}
     layer_fields = {name: LATER_FIELDS[name] for name in LATER_FIELDS if name in known}
@@ -259,12 +257,13 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
             "differ in name or shape. Restore both files from the same source."
         )
     layer.to(next(iter(tensors.values())).dtype).load_state_dict(tensors)
+    provenance = Provenance(**provenance_fields)  # pyright: ignore[reportArgumentType]
+    layer.provenance, layer.loaded_sha256 = provenance, cast(str, config["weights_sha256"])
     edits = list(chain(*_read_edits(folder / EDITS_FILE, cast(str, config["weights_sha256"]))))
     try:
         layer = with_edits(layer.eval(), edits)
     except ValueError as error:
         raise ValueError(f"{folder / EDITS_FILE} must fit the layer; {error}") from error
-    provenance = Provenance(**provenance_fields)  # pyright: ignore[reportArgumentType]
     return Checkpoint(layer=layer, provenance=provenance, weights_sha256=cast(str, config["weights_sha256"]))
 
 
@@ -320,14 +319,15 @@ def _require_fields(path: Path, place: str, found: Mapping[str, object], known: 
 
 
 def _require_types(path: Path, described: type, found: Mapping[str, object]) -> None:
-    for field in fields(described):
-        value, allowed = found[field.name], get_args(field.type) or (field.type,)
+    for name, wanted in field_types(described).items():
+        value, allowed = found[name], get_args(wanted) or (wanted,)
         # A field is a choice of names, a type, or a type or None; bool is an int to Python, and no number here.
-        compared = value if get_origin(field.type) is Literal else type(value)
-        if not any(compared == one for one in allowed):
+        compared = value if get_origin(wanted) is Literal else type(value)
+        whole = compared is int and float in allowed
+        if not whole and not any(compared == one for one in allowed):
             names = ", ".join(one.__name__ if isinstance(one, type) else repr(one) for one in allowed)
             raise ValueError(
-                f"{path} must give {field.name} as {'one of ' * (len(allowed) > 1)}{names}; got {value!r}. "
+                f"{path} must give {name} as {'one of ' * (len(allowed) > 1)}{names}; got {value!r}. "
                 "Restore it from its source."
             )
 

@@ -2,6 +2,7 @@
 
 import math
 import re
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from mxd.checkpoint import (
     layer_folders,
     load_checkpoint,
     load_layer,
+    save_layer,
 )
 from mxd.layers import SparseLayer
 
@@ -40,24 +42,30 @@ def from_pretrained(repository: str, *, subfolder: str = "", revision: str | Non
     return load_layer((local if local.is_dir() else _download(repository, subfolder, revision)) / subfolder)
 
 
-def push_to_hub(folder: str | Path, repository: str, *, private: bool = False, token: str | None = None) -> str:
-    """Upload a layer's folder, or all layers of a run, with a model card; return the commit's address.
+def push_to_hub(
+    layers: SparseLayer | str | Path, repository: str, *, private: bool = False, token: str | None = None
+) -> str:
+    """Upload a layer, a layer's folder, or all layers of a run, with a model card; return the commit's address.
 
     Args:
-        folder: A folder that `mxd.save` wrote, or a finished run.
+        layers: A layer, as `mxd.save` would write it; a folder that `mxd.save` wrote; or a finished run.
         repository: Hub id; made where it does not exist.
         private: Whether a new repository is private.
         token: Access token; the one that is logged in where it is None.
 
     Raises:
         FileNotFoundError: If the folder holds no layer.
-        ValueError: As `model_card`.
+        ValueError: As `model_card`; for a layer, as `mxd.save`.
     """
+    if isinstance(layers, SparseLayer):
+        with tempfile.TemporaryDirectory() as place:
+            save_layer(layers, place)
+            return push_to_hub(place, repository, private=private, token=token)
     from huggingface_hub import HfApi
 
     from mxd.evaluation.record import EVALUATION_FILE
 
-    folder = Path(folder)
+    folder = Path(layers)
     write_text_atomically(folder / CARD_FILE, model_card(folder))
     api = HfApi(token=token)
     api.create_repo(repository, private=private, exist_ok=True)

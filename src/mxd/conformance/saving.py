@@ -4,6 +4,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from itertools import compress
 from pathlib import Path
 
 import torch
@@ -22,7 +23,8 @@ for first, second in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
 def check_saving(layer: SparseLayer, *, seed: int = 0) -> None:
     """Check that saving and loading is the identity, and that another process writes the same bytes.
 
-    It applies to the registered kinds only: others have no name under which they could be found again.
+    It applies to the registered kinds only: others have no name under which they could be found again. The other
+    process is asked about the library's own kinds only.
     """
     check_resaving([layer], seed=seed)
 
@@ -36,6 +38,11 @@ def check_resaving(layers: Sequence[SparseLayer], *, seed: int = 0) -> None:
         places = [(Path(folder) / f"{number}-first", Path(folder) / f"{number}-second") for number in range(len(known))]
         for layer, (first, _) in zip(known, places, strict=True):
             _require_identity(example(layer, seed).layer, first)
+        # Another process knows our own kinds.
+        ours = [type(layer).__module__.startswith("mxd.") for layer in known]
+        places = list(compress(places, ours))
+        if not places:
+            return
         command = [sys.executable, "-c", _RESAVE, *(str(path) for pair in places for path in pair)]
         process = subprocess.run(command, capture_output=True, text=True, check=False)
         require(process.returncode == 0, f"another process must be able to load and save it; {process.stderr[-500:]}")

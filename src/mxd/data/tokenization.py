@@ -3,7 +3,8 @@
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -85,6 +86,26 @@ def encode_texts(
         **plain,
     )
     return cast("Mapping[str, list[list[Any]]]", found)
+
+
+@contextmanager
+def whole_offsets(tokenizer: Tokenizer) -> Generator[None, None, None]:
+    """Let offsets reach over the white space of each token, of whatever part of it.
+
+    The last step of many tokenizers (ByteLevel with `trim_offsets`, as in GPT-NeoX, Llama 3 and RoBERTa) takes it away:
+    a token of white space then stands for no character, and indentation would have no tokens. Beside that this step
+    adds special tokens, of which `encode_texts` makes none. Tokenizers that know no offsets stay as they are.
+    """
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        yield
+        return
+    step = backend.post_processor
+    backend.post_processor = None
+    try:
+        yield
+    finally:
+        backend.post_processor = step
 
 
 def begun_context(tokenizer: Tokenizer, text: str) -> list[int]:

@@ -56,6 +56,8 @@ def fold_edits(layer: SparseLayer) -> SparseLayer:
             result.add_to_output_(offset * rows.table[rows.start : rows.stop].sum(0))
         rows.table[rows.start : rows.stop] *= factor
     _forget_unit_length(result)
+    # Of the new weights it is as true as of the old ones, edited.
+    result.provenance = layer.provenance
     return result
 
 

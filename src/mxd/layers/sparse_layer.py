@@ -2,14 +2,17 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import MISSING, fields, is_dataclass
 from typing import ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.linalg import vector_norm
 
 from mxd.kernels import route
 from mxd.layers.mlp_weights import MlpWeights
+from mxd.layers.provenance import Provenance
 from mxd.layers.selection import MOST_LATENTS, SelectionName, SparseCode, TopK, make_selection, scores_at
 
 Init = Literal["paper", "model"]
@@ -110,11 +113,62 @@ class SparseLayer(nn.Module, ABC):
     config: SparseLayerConfig
     edit: Callable[[SparseCode], SparseCode] | None
     """What becomes of every code before it is decoded (`mxd.edits.with_edits`); None for a layer as it was trained."""
+    loaded_sha256: str | None
+    """SHA-256 of the saved weights of which `provenance` tells how they came about; None where they were not loaded."""
 
     def __init__(self, *, selection: SelectionName = "topk") -> None:
         super().__init__()
         self.selection = make_selection(selection)
         self.edit = None
+        self.provenance = Provenance()
+
+    @property
+    def provenance(self) -> Provenance:
+        """Where the layer belongs and how it came about, as far as is known; it is saved with the layer.
+
+        Loading fills it in. To set it is to say it of the weights as they are.
+
+        Raises:
+            TypeError: If it is set to something else.
+        """
+        return self._provenance
+
+    @provenance.setter
+    def provenance(self, provenance: Provenance) -> None:
+        if not isinstance(provenance, Provenance):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"provenance must be a mxd.Provenance; got {type(provenance).__name__}.")
+        self._provenance, self.loaded_sha256 = provenance, None
+
+    @property
+    def d_in(self) -> int:
+        """Width of the input."""
+        return self.config.d_in
+
+    @property
+    def d_out(self) -> int:
+        """Width of the output."""
+        return self.config.d_out
+
+    @property
+    def num_latents(self) -> int:
+        """Size of the code."""
+        return self.config.num_latents
+
+    @property
+    def k(self) -> int:
+        """Number of latents active for each input, at most (with top-k; on average or as a goal with others)."""
+        return self.config.k
+
+    def extra_repr(self) -> str:
+        """Return what printing the layer shows of it: sizes, what else was chosen, and where it belongs."""
+        shown: dict[str, object] = {name: getattr(self, name) for name in ("d_in", "d_out", "num_latents", "k")}
+        for field in fields(self.config) if is_dataclass(self.config) else ():
+            value = getattr(self.config, field.name)
+            if field.default is MISSING or value != field.default:
+                shown.setdefault(field.name, value)
+        known = {"model": self.provenance.model, "block": self.provenance.layer}
+        shown |= {name: value for name, value in known.items() if value is not None}
+        return ", ".join([*(f"{name}={value!r}" for name, value in shown.items()), *(["edited"] if self.edit else [])])
 
     @property
     @abstractmethod
@@ -140,12 +194,22 @@ class SparseLayer(nn.Module, ABC):
 
         Which are active is `selection`'s to say where the configuration names another one than top-k. In an edited
         layer the code is the edited one, which may be wider than `k` and hold negative values.
+
+        Raises:
+            TypeError: If x is no tensor of the layer's type; under autocast other floating-point types will do.
+            ValueError: If x is not `d_in` wide.
         """
         code = self.encode_at(x, self.config.k)
         return code if self.edit is None else self.edit(code)
 
     def encode_at(self, x: Float[Tensor, "*batch d_in"], k: int) -> SparseCode:
-        """Return the code of another number of active latents than the configuration's."""
+        """Return the code of another number of active latents than the configuration's.
+
+        Raises:
+            TypeError: As `encode`.
+            ValueError: As `encode`.
+        """
+        require_activations(self, x)
         return self.selection(self.scorer_input(x), *self.scorer, k)
 
     def encode_among(self, x: Float[Tensor, "*batch d_in"], latents: Int[Tensor, " chosen"], k: int) -> SparseCode:
@@ -241,6 +305,30 @@ class SparseLayer(nn.Module, ABC):
     @abstractmethod
     def input_maps(self) -> tuple[LinearMap, ...]:
         """Return every map that the layer applies to its input, so that a change of input can be folded into them."""
+
+
+def require_activations(layer: SparseLayer, x: Tensor) -> None:
+    """Check that a layer can be applied to x; only shape and type are looked at, so that no device is waited for.
+
+    Raises:
+        TypeError: If x is no tensor of the layer's type; under autocast other floating-point types will do.
+        ValueError: If x is not as wide as the layer's input.
+    """
+    if not isinstance(x, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]  # not all callers are type-checked
+        raise TypeError(f"x must be a tensor of activations; got {type(x).__name__}. mxd.mlp_pairs captures them.")
+    if not x.is_floating_point():
+        raise TypeError(
+            f"x must hold activations, of a floating-point type; got {x.dtype}. For token ids, mxd.mlp_pairs captures "
+            "what flows through an MLP."
+        )
+    if x.ndim == 0 or x.shape[-1] != layer.config.d_in:
+        raise ValueError(
+            f"x must be {layer.config.d_in} wide in its last axis, as the MLP's {layer.reads} that this {layer.kind} "
+            f"encodes; got shape {tuple(x.shape)}. Use a layer that was trained for this model."
+        )
+    dtype = layer.scorer.bias.dtype
+    if x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
+        raise TypeError(f"x must have the layer's type, {dtype}; got {x.dtype}. Convert it, as with x.to({dtype}).")
 
 
 def require_sizes(config: SparseLayerConfig, **widths: int) -> None:

@@ -1,6 +1,7 @@
 """Surgery on Hugging Face language models: find an MLP, read what flows through it, put something in its place."""
 
 from mxd.models.blocks import BlockActivations, block_activations
+from mxd.models.families import MLP_SITES, MlpSpec
 from mxd.models.identity import digest, fingerprint
 from mxd.models.loading import (
     LanguageModel,
@@ -12,7 +13,8 @@ from mxd.models.loading import (
     resolve_device,
     vocabulary_size,
 )
-from mxd.models.sites import MLP_SITES, MlpSite, MlpSpec, find_block, find_mlp, num_layers
+from mxd.models.requirements import require_own_place, require_widths
+from mxd.models.sites import MlpSite, find_block, find_mlp, num_layers
 from mxd.models.surgery import MlpPair, Replacement, ablate_mlp, capture_mlp, mlp_pairs, replace_mlp
 from mxd.models.weights import apply_mlp, hidden_units, mlp_weights
 
@@ -42,6 +44,8 @@ __all__ = [
     "num_layers",
     "replace_mlp",
     "require_device",
+    "require_own_place",
+    "require_widths",
     "resolve_device",
     "vocabulary_size",
 ]

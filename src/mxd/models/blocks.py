@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from mxd.models.requirements import require_ids
 from mxd.models.sites import find_block, hidden_part
 from mxd.models.surgery import DeepestReached, capture_mlp
 
@@ -42,8 +43,10 @@ def block_activations(
         module_path: Where the MLPs are, for a family that is not listed (see `find_mlp`).
 
     Raises:
-        ValueError: As `find_mlp`.
+        TypeError: As `mlp_pairs`.
+        ValueError: As `mlp_pairs`.
     """
+    require_ids(input_ids)
     residuals: dict[int, Tensor] = {}
     with ExitStack() as stack:
         pairs = stack.enter_context(capture_mlp(model, layers, module_path))

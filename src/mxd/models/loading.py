@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, cast
 import torch
 
 from mxd.bundled import MODEL_NAME, bundled_model_folder
+from mxd.models.sites import require_causal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -64,9 +65,9 @@ def load_language_model(
 
     Raises:
         FileNotFoundError: If the folder, its config.json, its safetensors weights or its tokenizer do not exist.
-        ValueError: If the device cannot be used, the hub has no such model or cannot be reached, the weights are
-            damaged or do not fit the config, or transformers does not know the architecture, cannot use the config or
-            misses a library that the model needs.
+        ValueError: If the device cannot be used, the hub has no such model or cannot be reached, the model reads in
+            both directions, the weights are damaged or do not fit the config, or transformers does not know the
+            architecture, cannot use the config or misses a library that the model needs.
     """
     device = resolve_device(str(device))
     source = _source(model_id)
@@ -164,6 +165,7 @@ def _load_model(
     # zero, a missing attribute, huggingface_hub's own validation errors) has no common base.
     except Exception as error:
         _explain_config(model_id, revision, error)
+    require_causal(config, model_id)
     verbosity = transformers_logging.get_verbosity()
     # Its report on missing and mismatched weights is a table; ours is a sentence.
     transformers_logging.set_verbosity_error()

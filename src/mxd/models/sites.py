@@ -1,5 +1,6 @@
-"""Where each family of language models keeps its MLPs, and what they are."""
+"""Where a language model keeps its MLPs, and what they are."""
 
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, cast
@@ -7,81 +8,15 @@ from typing import NamedTuple, cast
 from jaxtyping import Float
 from torch import Tensor, nn
 
-
-class MlpSpec(NamedTuple):
-    """Where a family keeps the MLP of a block, and in what it differs from a module that maps x to its output."""
-
-    path: str
-    """Dotted path of the MLP's module, or of the block if the MLP has none; `{layer}` stands for the index."""
-    parts: tuple[str, ...] = ()
-    """Children of the block that make up an MLP without a module of its own, in the order they run."""
-    takes_residual: bool = False
-    """Whether the module takes the residual stream as a second argument and adds it itself."""
-    returns_tensor: bool = False
-    """Whether it is known to return a tensor; otherwise the first call shows whether it returns a tuple."""
-
-
-_GPT = MlpSpec("transformer.h.{layer}.mlp", returns_tensor=True)
-_LLAMA = MlpSpec("model.layers.{layer}.mlp", returns_tensor=True)
-_MOE = MlpSpec("model.layers.{layer}.mlp")
-
-MLP_SITES: dict[str, MlpSpec] = {
-    "bloom": MlpSpec("transformer.h.{layer}.mlp", takes_residual=True, returns_tensor=True),
-    "cohere": _LLAMA,
-    "falcon": _GPT,
-    "gemma": _LLAMA,
-    "gemma2": _LLAMA,
-    "gemma3": MlpSpec("model.language_model.layers.{layer}.mlp", returns_tensor=True),
-    "gemma3_text": _LLAMA,
-    "gpt2": _GPT,
-    "gpt_neo": _GPT,
-    "gpt_neox": MlpSpec("gpt_neox.layers.{layer}.mlp", returns_tensor=True),
-    "gptj": _GPT,
-    "granite": _LLAMA,
-    "llama": _LLAMA,
-    "mistral": _LLAMA,
-    "mixtral": _MOE,
-    "olmo": _LLAMA,
-    "olmo2": _LLAMA,
-    "opt": MlpSpec("model.decoder.layers.{layer}", parts=("fc1", "activation_fn", "fc2"), returns_tensor=True),
-    "phi": _LLAMA,
-    "phi3": _LLAMA,
-    "qwen2": _LLAMA,
-    "qwen2_moe": _MOE,
-    "qwen3": _LLAMA,
-    "qwen3_moe": _MOE,
-    "smollm3": _LLAMA,
-    "stablelm": _LLAMA,
-    "starcoder2": _LLAMA,
-}
-"""Model type (of the model's config) to where its MLPs are."""
-
-_ACTIVATION_CLASSES = {
-    "ReLU": "relu",
-    "Sigmoid": "sigmoid",
-    "SiLU": "silu",
-    "SiLUActivation": "silu",
-    "GELUActivation": "gelu",
-    "AccurateGELUActivation": "gelu_tanh",
-    "BloomGelu": "gelu_tanh",
-    "FastGELUActivation": "gelu_tanh",
-    "GELUTanh": "gelu_tanh",
-    "NewGELUActivation": "gelu_tanh",
-    "PytorchGELUTanh": "gelu_tanh",
-}
-_ACTIVATION_NAMES = {
-    "relu": "relu",
-    "sigmoid": "sigmoid",
-    "silu": "silu",
-    "swish": "silu",
-    "gelu": "gelu",
-    "gelu_python": "gelu",
-    "gelu_accurate": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
-    "gelu_new": "gelu_tanh",
-    "gelu_python_tanh": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-}
+from mxd.models.families import (
+    ACTIVATION_CLASSES,
+    ACTIVATION_NAMES,
+    MLP_SITES,
+    SHARED_EXPERTS,
+    TOKENS_EXPERTS,
+    USUAL_NAMES,
+    MlpSpec,
+)
 
 
 class Override:
@@ -162,7 +97,9 @@ class MlpSite:
     def __call__(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
         """Return what the model's own MLP makes of `x`."""
         no_residual = (x.new_zeros(()),) if self.takes_residual else ()
-        return hidden_part(self.run(x, *no_residual), self.path)
+        hidden = hidden_part(self.run(x, *no_residual), self.path)
+        # Some mixtures of experts return their tokens flattened.
+        return hidden.reshape(*x.shape[:-1], hidden.shape[-1])
 
     def run(self, x: Tensor, *args: object, **kwargs: object) -> object:
         """Return exactly what the model's own MLP returns for the arguments the model gave it."""
@@ -177,8 +114,10 @@ def num_layers(model: nn.Module) -> int:
     """Return the number of blocks of a language model.
 
     Raises:
+        TypeError: If the model is none of PyTorch's.
         ValueError: If the model is of no listed family and its config does not say.
     """
+    _require_model(model)
     known = MLP_SITES.get(_model_type(model))
     if known is not None:
         return len(list(_submodule(model, known.path.partition(".{layer}")[0]).children()))
@@ -203,9 +142,15 @@ def find_mlp(model: nn.Module, layer: int, module_path: str | None = None) -> Ml
         module_path: Where the MLPs are, such as `model.layers.{layer}.mlp`, for a family that is not in `MLP_SITES`.
 
     Raises:
-        ValueError: If the family is not listed and no path is given, the path does not exist, or there is no such
-            layer.
+        TypeError: If the model is none of PyTorch's, or the layer no index.
+        ValueError: If the family is not listed and no path is given, or the model is bidirectional; if the path does
+            not exist or leads to single experts of a mixture; if there is no such layer.
     """
+    _require_model(model)
+    try:
+        layer = operator.index(layer)
+    except TypeError as error:
+        raise TypeError(f"A layer must be the index of a block; got {layer!r:.60}.") from error
     known = MLP_SITES.get(_model_type(model))
     if module_path is not None and "{layer}" not in module_path:
         raise ValueError(
@@ -213,12 +158,14 @@ def find_mlp(model: nn.Module, layer: int, module_path: str | None = None) -> Ml
             "Give for example 'model.layers.{layer}.mlp'."
         )
     if known is None and module_path is None:
+        require_causal(getattr(model, "config", None), _model_type(model))
         raise ValueError(
-            f"The model must be of a known family ({', '.join(MLP_SITES)}); got model_type '{_model_type(model)}'. "
-            "Say where its MLPs are with --module 'path.{layer}.mlp'."
+            f"The model must be of a family that docs/models.md lists; got model_type '{_model_type(model)}'. Say "
+            f"where its MLPs are with --module (module_path=), such as '{_likely_path(model)}'."
         )
     spec = known if known is not None and module_path in (None, known.path) else MlpSpec(str(module_path))
     _check_layer(model, spec, layer)
+    _refuse_single_experts(model, spec, layer)
     path = spec.path.replace("{layer}", str(layer))
     module = _submodule(model, path)
     parts = tuple(_submodule(model, f"{path}.{part}") for part in spec.parts)
@@ -229,7 +176,7 @@ def find_mlp(model: nn.Module, layer: int, module_path: str | None = None) -> Ml
         d_in=shape.d_in,
         d_hidden=shape.d_hidden,
         d_out=shape.d_out,
-        activation=_activation(model, parts or (module,)),
+        activation=spec.activation or _activation(model, parts or (module,)),
         gated=shape.gated,
         modules=parts or (module,),
         block=module if parts else None,
@@ -255,6 +202,27 @@ def find_block(model: nn.Module, layer: int, module_path: str | None = None) -> 
     return _submodule(model, path.partition("{layer}")[0] + str(layer))
 
 
+def require_causal(config: object, name: str) -> None:
+    """Check that a model predicts each token from those before it alone, as far as its configuration says.
+
+    Raises:
+        ValueError: If it is one of masked text, such as BERT.
+    """
+    from transformers import MODEL_FOR_MASKED_LM_MAPPING
+
+    if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
+        raise ValueError(
+            f"A model must be causal, predicting each token from those before it; found '{name}', which reads in both "
+            f"directions (model_type {getattr(config, 'model_type', 'unknown')}). Give a model that generates text."
+        )
+
+
+def _require_model(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        hint = " Give its .model." if isinstance(getattr(model, "model", None), nn.Module) else ""
+        raise TypeError(f"model must be a Hugging Face language model; got {type(model).__name__}.{hint}")
+
+
 class _Shape(NamedTuple):
     d_in: int
     d_hidden: int
@@ -271,6 +239,42 @@ def _check_layer(model: nn.Module, spec: MlpSpec, layer: int) -> None:
         raise ValueError(
             f"A layer must lie in [0, {count - 1}], the {count} blocks of {type(model).__name__}; got {layer}."
         )
+
+
+def _likely_path(model: nn.Module) -> str:
+    """Return where the MLPs of a model are if it follows a custom, and an example of a path if not."""
+    for path, blocks in model.named_modules():
+        if isinstance(blocks, nn.ModuleList) and len(blocks):
+            names = dict(blocks[0].named_children())
+            for name in USUAL_NAMES:
+                if name in names:
+                    return f"{path}.{{layer}}.{name}"
+    return "path.{layer}.mlp"
+
+
+def _refuse_single_experts(model: nn.Module, spec: MlpSpec, layer: int) -> None:
+    """Refuse paths to experts, which see only the tokens that are routed to them."""
+    whole, within, _ = spec.path.partition(".experts")
+    if not within:
+        return
+    prefix, numbered, _ = whole.partition(".{layer}")
+    blocks = range(len(list(_submodule(model, prefix).children()))) if numbered else [layer]
+    names = {name for name, _ in model.named_modules()}
+    mixtures = [block for block in blocks if whole.replace("{layer}", str(block)) + ".experts" in names]
+    if layer in mixtures:
+        dense = [block for block in blocks if block not in mixtures]
+        raise ValueError(
+            f"An MLP must see every token, and single experts see those that are routed to them; got '{spec.path}'. "
+            f"Blocks {_ranges(mixtures)} are mixtures of experts{f', {_ranges(dense)} are dense' if dense else ''}: "
+            f"give the path of the whole MLP, '{whole}'."
+        )
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Return ascending numbers as in `0, 3-5`."""
+    starts = [n for n in numbers if n - 1 not in numbers]
+    ends = [n for n in numbers if n + 1 not in numbers]
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))
 
 
 def _submodule(model: nn.Module, path: str) -> nn.Module:
@@ -297,6 +301,9 @@ def _shape(model: nn.Module, modules: Sequence[nn.Module], path: str) -> _Shape:
         )
     if "experts" in dict(modules[0].named_children()):
         return _Shape(width, _active_width(model, modules[0]) or 4 * width, width, True)
+    if len(linears) == 1:
+        d_in, d_out = linears[0]
+        return _Shape(d_in, 4 * d_in, d_out, False)
     if len(linears) > 1:
         d_in = linears[0][0]
         # Where the hidden layer is as wide as the input, only the order tells the way down from the way up.
@@ -310,12 +317,12 @@ def _shape(model: nn.Module, modules: Sequence[nn.Module], path: str) -> _Shape:
 
 
 def _active_width(model: nn.Module, moe: nn.Module) -> int | None:
-    chosen = _config_int(model, "num_experts_per_tok")
+    chosen = next((found for name in TOKENS_EXPERTS if (found := _config_int(model, name)) is not None), None)
     width = _config_int(model, "moe_intermediate_size") or _config_int(model, "intermediate_size")
     if chosen is None or width is None:
         return None
-    has_shared = "shared_expert" in dict(moe.named_children())
-    return chosen * width + (_config_int(model, "shared_expert_intermediate_size") or 0 if has_shared else 0)
+    shared = [module for name, module in moe.named_children() if name in SHARED_EXPERTS]
+    return chosen * width + sum(d_in for d_in, _ in list(_linear_shapes(shared))[-1:])
 
 
 def _linear_shapes(modules: Sequence[nn.Module]) -> Iterator[tuple[int, int]]:
@@ -334,14 +341,14 @@ def _activation(model: nn.Module, modules: Sequence[nn.Module]) -> str | None:
     for module in (inner for outer in modules for inner in outer.modules()):
         if isinstance(module, nn.GELU):
             found.add("gelu_tanh" if module.approximate == "tanh" else "gelu")
-        elif type(module).__name__ in _ACTIVATION_CLASSES:
-            found.add(_ACTIVATION_CLASSES[type(module).__name__])
+        elif type(module).__name__ in ACTIVATION_CLASSES:
+            found.add(ACTIVATION_CLASSES[type(module).__name__])
     if found:
         return found.pop() if len(found) == 1 else None
     for name in ("hidden_act", "activation_function", "hidden_activation", "activation"):
         value = getattr(_text_config(model), name, None)
         if isinstance(value, str):
-            return _ACTIVATION_NAMES.get(value)
+            return ACTIVATION_NAMES.get(value)
     return None
 
 

@@ -10,6 +10,15 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mxd.layers.sparse_layer import SparseLayer
+from mxd.models.requirements import (
+    require_by_block,
+    require_ids,
+    require_layers,
+    require_own_place,
+    require_replacement,
+    require_tokens,
+    require_widths,
+)
 from mxd.models.sites import MlpSite, Override, find_mlp, hidden_part
 
 Replacement = SparseLayer | MlpSite | Callable[[Tensor], Tensor]
@@ -77,12 +86,14 @@ class _Tap(Override):
             residual, args, kwargs = _first_argument(args, kwargs)
             args = (residual.new_zeros(()), *args)
         x = given if self._rows is None else given.reshape(*self._rows, given.shape[-1])
+        self._require_width("is given", x, self.site.d_in)
         seen: list[object] = []
 
         def own(x: Tensor) -> Tensor:
             output = self.site.run(x.reshape(given.shape), *args, **kwargs)
             seen[:] = [output]
             hidden = hidden_part(output, self.site.path)
+            self._require_width("returns", hidden, self.site.d_out)
             return hidden.reshape(*x.shape[:-1], hidden.shape[-1])
 
         compute: _Compute = own
@@ -101,6 +112,14 @@ class _Tap(Override):
         # Falcon adds the attention's output to the MLP's in place, which must not reach a listener's tensor.
         y = y.clone()
         return (y, *cast("tuple[object, ...]", seen[0])[1:]) if seen and isinstance(seen[0], tuple) else y
+
+    def _require_width(self, what: str, hidden: Tensor, width: int) -> None:
+        if hidden.shape[-1] != width:
+            raise ValueError(
+                f"The module '{self.site.path}' {what} vectors {hidden.shape[-1]} wide, where its linear layers or the "
+                f"model's hidden_size say {width}. Give the path of a module whose widths show: a linear layer, or an "
+                "MLP that is two or three of them."
+            )
 
 
 def _apply(step: _Step, own: _Compute, x: Tensor) -> Tensor:
@@ -167,8 +186,10 @@ def capture_mlp(
         module_path: Where the MLPs are, for a family that is not listed (see `find_mlp`).
 
     Raises:
+        TypeError: As `find_mlp`; if the layers are none.
         ValueError: As `find_mlp`; in the forward pass, if an MLP is not given (batch, seq, d_in).
     """
+    require_layers(layers)
     sites = [find_mlp(model, layer, module_path) for layer in dict.fromkeys(layers)]
     pairs: dict[int, MlpPair] = {}
     with _listening({site: partial(_record, pairs, site) for site in sites}):
@@ -204,8 +225,11 @@ def mlp_pairs(
         module_path: Where the MLPs are, for a family that is not listed (see `find_mlp`).
 
     Raises:
-        ValueError: As `find_mlp`; if no layer is given; if the model does not run one of these MLPs.
+        TypeError: As `find_mlp`; if the layers are none, or the ids are no tensor of whole numbers.
+        ValueError: As `find_mlp`; if no layer is given, the ids are not (batch, seq), or an MLP of these is not run.
     """
+    require_layers(layers)
+    require_ids(input_ids)
     if not layers:
         raise ValueError("At least one layer must be given; got none.")
     deepest = find_mlp(model, max(layers), module_path)
@@ -232,6 +256,7 @@ def replace_mlp(
     *,
     passthrough: Collection[int] = (),
     module_path: str | None = None,
+    allow_misplaced: bool = False,
 ) -> Generator[None, None, None]:
     """Put something in the place of the MLPs of these layers, at every position.
 
@@ -245,16 +270,25 @@ def replace_mlp(
         replacements: What to put in the place of each layer's MLP. An `MlpSite` stands for the model's own MLP there.
         passthrough: Token ids at whose positions the output stays what it was (BOS, padding).
         module_path: Where the MLPs are, for a family that is not listed (see `find_mlp`).
+        allow_misplaced: Whether a sparse layer may stand where its provenance says that it does not belong: in
+            another block, in the place of another module, or in another model.
 
     Raises:
-        ValueError: As `find_mlp`; if the widths do not agree; in the forward pass, if a replacement's output has the
-            wrong shape, or positions are to pass through and the model is given embeddings rather than token ids.
+        TypeError: As `find_mlp`; if the replacements are not given by block, or one can replace nothing.
+        ValueError: As `find_mlp`; if the widths do not agree, or a sparse layer belongs elsewhere; in the forward pass,
+            if a replacement's output has the wrong shape, or positions are to pass through and the model is given
+            embeddings rather than token ids.
     """
+    require_by_block(replacements, "replacements")
+    require_tokens(passthrough)
     sites = {layer: find_mlp(model, layer, module_path) for layer in replacements}
     kept = _PassthroughPositions(passthrough) if passthrough else None
     steps: dict[MlpSite, _Step] = {}
     for layer, replacement in replacements.items():
-        _check_widths(sites[layer], replacement)
+        require_replacement(layer, replacement)
+        if isinstance(replacement, SparseLayer) and not allow_misplaced:
+            require_own_place(model, sites[layer], replacement.provenance)
+        require_widths(sites[layer], replacement)
         steps[sites[layer]] = partial(_replacement_step, sites[layer], replacement, kept)
     with ExitStack() as stack:
         if kept is not None:
@@ -281,8 +315,10 @@ def ablate_mlp(
         module_path: Where the MLPs are, for a family that is not listed (see `find_mlp`).
 
     Raises:
+        TypeError: As `replace_mlp`.
         ValueError: As `replace_mlp`; if a vector does not have the width of the MLP's output.
     """
+    require_by_block(means, "means")
     constants: dict[int, Replacement] = {}
     for layer, mean in means.items():
         site = find_mlp(model, layer, module_path)
@@ -361,18 +397,3 @@ def _returned_dtype(x: Tensor) -> torch.dtype:
     """Return the dtype of a linear map of `x`, which is what every MLP ends with."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-
-
-def _check_widths(site: MlpSite, replacement: Replacement) -> None:
-    if isinstance(replacement, MlpSite):
-        widths, expected = (replacement.d_in, replacement.d_out), (site.d_in, site.d_out)
-    elif isinstance(replacement, SparseLayer):
-        widths = (replacement.config.d_in, replacement.config.d_out)
-        expected = (site.d_in if replacement.reads == "input" else site.d_out, site.d_out)
-    else:
-        return
-    if widths != expected:
-        raise ValueError(
-            f"What replaces the MLP at '{site.path}' must have (d_in, d_out) = {expected}; got {widths}. "
-            "Use a layer that was trained for this model."
-        )

@@ -1,13 +1,12 @@
 """From characters to a language model's tokens."""
 
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int
 
-from mxd.data.tokenization import Tokenizer, encode_texts
+from mxd.data.tokenization import Tokenizer, encode_texts, whole_offsets
 from mxd.probing.examples import Span
 
 CHARACTERS_A_TOKEN = 64
@@ -41,29 +40,12 @@ def tokenize_texts(tokenizer: Tokenizer, texts: Sequence[str]) -> Iterator[Token
             "Probing needs a tokenizer that knows each token's characters (tokenizer.json); this model's does not. "
             "Convert it to a fast tokenizer of transformers."
         )
-    with _all_characters(tokenizer):
+    with whole_offsets(tokenizer):
         encoded = encode_texts(tokenizer, texts, return_offsets_mapping=True)
     for text, ids, offsets in zip(texts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
         bounds = np.array(offsets, dtype=np.int64).reshape(-1, 2)
         starts, ends = _without_blanks(text, bounds[:, 0], bounds[:, 1])
         yield TokenizedText(np.array(ids, dtype=np.int64), starts, ends)
-
-
-@contextmanager
-def _all_characters(tokenizer: Tokenizer) -> Generator[None, None, None]:
-    """Let offsets reach over the white space of each token, of whatever part of it.
-
-    The last step of many tokenizers (ByteLevel with `trim_offsets`, as in GPT-NeoX, Llama 3 and RoBERTa) takes it away:
-    a token of white space then stands for no character, and indentation would have no tokens. Beside that this step
-    adds special tokens, of which there are none here.
-    """
-    backend: Any = tokenizer.backend_tokenizer
-    step = backend.post_processor
-    backend.post_processor = None
-    try:
-        yield
-    finally:
-        backend.post_processor = step
 
 
 def _without_blanks(

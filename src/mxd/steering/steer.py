@@ -24,6 +24,7 @@ def steer(
     *,
     passthrough: Collection[int] = (),
     module_path: str | None = None,
+    allow_misplaced: bool = False,
 ) -> Generator[None, None, None]:
     """Put sparse layers in the place of MLPs, with these edits of their codes, for every forward pass inside.
 
@@ -36,8 +37,10 @@ def steer(
         edits: What happens to the code of each of these layers; a layer that is left out is replaced only.
         passthrough: Token ids at whose positions the original MLP's output stays.
         module_path: Where the MLPs are, for a family that is not listed.
+        allow_misplaced: As in `replace_mlp`.
 
     Raises:
+        TypeError: As `replace_mlp`.
         ValueError: As `replace_mlp`; if edits are for a layer that is not given or name a latent that it has not.
 
     Example:
@@ -53,7 +56,10 @@ def steer(
     with ExitStack() as stack:
         if any(edit.positions is not None for some in edits.values() for edit in some):
             stack.callback(model.register_forward_pre_hook(where.note, with_kwargs=True).remove)
-        stack.enter_context(replace_mlp(model, steered, passthrough=passthrough, module_path=module_path))
+        replaced = replace_mlp(
+            model, steered, passthrough=passthrough, module_path=module_path, allow_misplaced=allow_misplaced
+        )
+        stack.enter_context(replaced)
         yield
 
 

@@ -22,6 +22,7 @@ from mxd.models import (
     MlpSite,
     find_mlp,
     load_language_model,
+    mlp_pairs,
     mlp_weights,
     most_positions,
     resolve_device,
@@ -82,6 +83,10 @@ def make_plan(config: TrainConfig, stored: Mapping[str, JSON] | None = None) -> 
     language_model = load_language_model(config.model, revision=model_commit, dtype=dtype, device=device)
     model = language_model.module
     sites = {layer: find_mlp(model, layer, config.module) for layer in config.layer}
+    if config.module is not None:
+        # Whether it is called as an MLP is, and as wide as it seems, shows when it runs: better before a run is begun.
+        tokens = torch.zeros(1, 2, dtype=torch.long, device=device)
+        mlp_pairs(model, tokens, config.layer, module_path=config.module)
     students = plan_students(config, sites)
     _check_beginnings(config, students, sites)
     # A run goes on from its snapshots: what it began from need not be there any more.
