@@ -118,22 +118,25 @@ def table(options: Options, found: Mapping[float, Rows]) -> list[dict[str, objec
 
 
 def draw(options: Options, found: Mapping[float, Rows], subtitle: str) -> Figure:
-    """Draw each seed's fvu as a point and each kind's mean as a line, over the warm-up."""
-    with figure(7, 4.4, title="Warm-up and where runs end", subtitle=subtitle, legend=True) as drawing:
+    """Draw where each seed ends, in shares of its kind's mean after the first warm-up; a line joins the means."""
+    first = min(found)
+    with figure(6.4, 3.8, title="Warm-up and where runs end", subtitle=subtitle, legend=True) as drawing:
         axes = drawing.subplots()
-        shares = [100 * share for share in found]
-        for kind in options.kinds:
-            style = kind_style(kind)
-            scores = [[row["fvu"] for row in evaluated if row["kind"] == kind] for evaluated in found.values()]
-            axes.plot(shares, [fmean(of_one) for of_one in scores], color=style.colour, lw=1.4, label=style.name)
-            for share, of_one in zip(shares, scores, strict=True):
-                axes.plot([share] * len(of_one), of_one, style.marker, color=style.colour, ms=4, alpha=0.7)
-        axes.set_yscale("log")
-        for formatted in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-            formatted("{x:g}")
+        for place, kind in enumerate(options.kinds):
+            style, dodge = kind_style(kind), 0.2 * (place - (len(options.kinds) - 1) / 2)
+            scores = {
+                100 * share + dodge: [row["fvu"] for row in evaluated if row["kind"] == kind]
+                for share, evaluated in sorted(found.items())
+            }
+            base = fmean(row["fvu"] for row in found[first] if row["kind"] == kind)
+            axes.plot(
+                list(scores), [fmean(ends) / base for ends in scores.values()], color=style.colour, label=style.name
+            )
+            for share, ends in scores.items():
+                axes.plot([share] * len(ends), [end / base for end in ends], style.marker, color=style.colour, ms=4)
         axes.set_xlabel("warm-up, % of the tokens", color=MUTED)
-        axes.set_ylabel("fvu on held-out text", color=MUTED)
-        axes.set_xticks(shares)
+        axes.set_ylabel(f"fvu, in shares of the mean at {first:.0%}", color=MUTED)
+        axes.set_xticks([100 * share for share in found])
         axes.grid(color=GRID)
         add_legend(drawing, [axes])
         return drawing
