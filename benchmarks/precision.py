@@ -1,7 +1,8 @@
-"""Whether training in bfloat16 ends where training in float32 does.
+r"""Whether training in bfloat16 ends where training in float32 does.
 
-    python benchmarks/precision.py --model stories260K --text tinystories_2MB_cased.txt --layer 2 --k 16 --seeds 4
-    python benchmarks/precision.py --seeds 4                               # layer 3 of the bundled model
+    python benchmarks/precision.py --model stories260K --text tinystories_2MB_cased.txt --layer 2 --k 16 --seeds 4 \
+        --name precision_stories260K_cpu
+    python benchmarks/precision.py --seeds 4 --name precision_bundled_cpu           # layer 3 of the bundled model
     python benchmarks/precision.py --tokens 160K --out benchmarks/out
 
 `mxd train` learns one layer in float32 and in bfloat16, everything else by default, and `mxd evaluate` measures the
@@ -72,6 +73,10 @@ class Options:
     """Tokens to train on."""
     schedule: Literal["constant", "linear"] = "constant"
     """As of mxd train."""
+    warmup_tokens: int | None = None
+    """As of mxd train."""
+    control: bool = True
+    """Whether float32 is trained once more with other sums."""
     kind: str = "mxd"
     """Kind of layer."""
     k: int = 32
@@ -86,6 +91,8 @@ class Options:
     """Folder of the report."""
     runs: Path | None = None
     """Folder that keeps the runs; without it they go."""
+    name: str = "precision"
+    """Name of the report in results/."""
     note: str = ""
     """What a reader of the results should know, such as what else the machine was doing."""
 
@@ -140,7 +147,8 @@ def run(options: Options, setting: Setting, model: Path, out: Path) -> Finished:
     asked: dict[str, object] = {"model": model, "layer": options.layer, "kind": options.kind, "k": options.k}
     asked |= {"tokens": options.tokens, "seeds": options.seeds, "schedule": options.schedule}
     asked |= {"precision": precision, "device": "cpu", "out": out}
-    asked |= {} if options.threads is None else {"threads": options.threads}
+    optional = {"threads": options.threads, "warmup-tokens": options.warmup_tokens}
+    asked |= {name: value for name, value in optional.items() if value is not None}
     started = time.perf_counter()
     if not (out / "finished.json").exists():
         kernels = {"MXD_KERNELS": "torch"} if control else {}
@@ -203,7 +211,7 @@ def findings(students: Sequence[Trained]) -> dict[str, float]:
         "CE increase": lambda student: student.evaluated["ce_increase"],
     }.items():
         exact = [value(by["float32", seed]) for seed in seeds]
-        for setting in SETTINGS[1:]:
+        for setting in dict.fromkeys(student.setting for student in students if student.setting != "float32"):
             pairs = [(value(by[setting, seed]), base) for seed, base in zip(seeds, exact, strict=True)]
             found[f"{name}: {setting} from float32, same seed"] = max(abs(relative(*pair)) for pair in pairs)
             found[f"{name}: mean over seeds, {setting} from float32"] = relative(*map(fmean, zip(*pairs, strict=True)))
@@ -250,6 +258,7 @@ def main(options: Options) -> None:
         runs = {
             setting: run(options, setting, folder / "model", folder / setting.replace(", ", "-").replace(" ", "-"))
             for setting in SETTINGS
+            if options.control or setting != SETTINGS[1]
         }
     students = [student for finished in runs.values() for student in finished.students]
     rows, found = table(students), findings(students)
@@ -264,7 +273,7 @@ def main(options: Options) -> None:
     print(f"{claim}: {'holds' if worst <= WITHIN else 'does not hold'} ({worst:.3%}). auto chooses {automatic} here.")
     Console().print(described)
     write_report(
-        f"precision_{options.model_name}{'_linear' * (options.schedule == 'linear')}_cpu",
+        options.name,
         f"Where training in float32 and in bfloat16 ends: {ids}",
         rows,
         described,
