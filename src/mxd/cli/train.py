@@ -23,7 +23,8 @@ from mxd.runs.faults import TrainingInterrupted
 from mxd.runs.metrics_log import TensorBoardSink, WandbSink
 from mxd.runs.run import is_finished, is_run, read_configuration, reopen_run, require_command, require_place
 from mxd.training.config import TrainConfig
-from mxd.training.decompose import MAY_DIFFER, decompose, make_plan
+from mxd.training.continuing import MAY_DIFFER, is_as_recorded, recorded_config
+from mxd.training.decompose import decompose, make_plan
 from mxd.training.estimate import (
     EFFICIENCY,
     Workload,
@@ -41,6 +42,7 @@ from mxd.training.train import SinkOpener
 
 LIST = "list"
 """What `--recipe` is given to see the recipes."""
+_FINISHED = "{} is finished already; nothing was changed."
 
 
 def train(
@@ -59,7 +61,8 @@ def train(
     Args:
         config: What to train, on what, and how.
         out: Folder of the run; it must not exist, unless resuming.
-        resume: Continue the run in --out; bit for bit what it would have been uninterrupted.
+        resume: Continue the run in --out; bit for bit what it would have been uninterrupted. What is not given is as
+            when the run was begun, and what is given must be, but for the places of model, text and cache.
         dry_run: Check everything and print what would be trained, its memory, time and data; write nothing.
         snapshot_every: Seconds between two snapshots.
         tensorboard: Also log to RUN/tensorboard (pip install 'mxd[tensorboard]').
@@ -79,15 +82,18 @@ def train(
     stored = read_configuration(out) if resume and is_run(out) else None
     if stored is not None:
         require_command(stored, "train")
-    if stored is not None and not dry_run and is_finished(out):
+    if stored is not None and not dry_run and is_finished(out) and is_as_recorded(config, stored):
         # Nothing is computed any more, so neither model nor text need be there.
         reopen_run(out, {"config": cast(JSON, asdict(config))}, ignore=MAY_DIFFER)
-        console.print(f"{out} is finished already; nothing was changed.", soft_wrap=True)
+        console.print(_FINISHED.format(out), soft_wrap=True)
         return
     plan = make_plan(config, stored=stored)
     if stored is not None and not dry_run:
         # Checked again when training begins; here, so that a refusal is one sentence and nothing else.
         reopen_run(out, plan.description(), ignore=MAY_DIFFER)
+        if is_finished(out):
+            console.print(_FINISHED.format(out), soft_wrap=True)
+            return
     workload = plan_workload(plan)
     if not dry_run:
         # Before anything is shown, for the same reason.
@@ -117,12 +123,26 @@ def _sinks(plan: Plan, out: Path, tensorboard: bool, wandb: str | None) -> list[
     return sinks
 
 
-def train_from(recipe: str | None) -> Callable[..., None]:
-    """Return `train`, with the values of a recipe as its defaults if there is one.
+def train_from(recipe: str | None, arguments: Sequence[str] = ()) -> Callable[..., None]:
+    """Return `train`, with the values of a recipe or of the run that is to be continued as its defaults.
+
+    Args:
+        recipe: Name of the recipe, if there is one.
+        arguments: What else is given, of which `--resume` and `--out` name a run.
 
     Raises:
-        ValueError: If there is no recipe of this name.
+        ValueError: If there is no recipe of this name, or the run cannot be continued.
     """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--out", type=Path)
+    try:
+        given = parser.parse_known_args(arguments)[0]
+    except argparse.ArgumentError:
+        # Whoever reads all arguments says what is wrong.
+        return train
+    if given.resume and given.out is not None and is_run(given.out):
+        return functools.partial(train, config=recorded_config(read_configuration(given.out)))
     return train if recipe is None else functools.partial(train, config=find_recipe(recipe).config())
 
 
@@ -144,7 +164,7 @@ def show_recipes() -> None:
         table.add_column(heading, no_wrap=True)
     for name, recipe in RECIPES.items():
         config = recipe.config()
-        table.add_row(name, config.model, " ".join(map(str, config.layer)), f"{config.tokens:,}")
+        table.add_row(name, config.model, " ".join(map(str, config.layers)), f"{config.tokens:,}")
     console = Console(markup=False, highlight=False)
     console.print(table)
     console.print("Every option given beside --recipe replaces the recipe's value; add --help to see them all.")

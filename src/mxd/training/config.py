@@ -1,18 +1,20 @@
 """What a person asks of a training run."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, TypeVar
 
 from mxd.layers import L1, BatchTopK, SelectionName, TopK, require_kind
 from mxd.layers.activations import activation_function
 from mxd.layers.sizing import EXPANSION
+from mxd.training.values import settle
 
 Value = TypeVar("Value")
 EncoderChoice = Literal["auto", "mlp", "glu"]
 InitChoice = Literal["auto", "paper", "model"]
 PenaltyChoice = float | Literal["auto"]
 WidthChoice = int | Literal["auto"]
+LayerChoice = tuple[int, ...] | Literal["all"]
 
 PAPER_TOKENS = 480_000_000
 """Tokens that the paper trains on (Oldfield et al., 2025)."""
@@ -47,16 +49,19 @@ class TrainConfig:
     """Which sparse layers to train, for which MLPs, on which text, and how.
 
     A setting that takes one or several values is an axis of the grid: each kind that reads it is trained with each.
+    Where several values stand in a tuple, Python code may give a list, a range or a single value; counts are whole
+    numbers.
     """
 
     model: str
     """Language model: a hub id, a local folder, or `bundled`."""
     text: tuple[str, ...]
     """Text: a hub dataset id (streamed), local .txt/.jsonl/.json/.parquet files, folders or globs, or `stdlib`."""
-    layer: tuple[int, ...]
-    """Blocks whose MLPs are decomposed, counted from 0."""
+    layer: LayerChoice
+    """Blocks whose MLPs are decomposed, counted from 0: numbers and spans, as in 0 2-4, or all."""
     tokens: int
-    """Tokens to train on; short text is repeated. Counts take K, M and B, as in 480M."""
+    """Tokens to train on; short text is repeated. Counts take K, M and B, as in 480M. Training is made of whole steps
+    of --batch-tokens, so the last one may go beyond."""
     kind: tuple[str, ...] = ("mxd",)
     """Kinds of layer: mxd, transcoder, skip-transcoder, shared-transcoder, topk-sae, low-rank, molt."""
     k: tuple[int, ...] = (32,)
@@ -150,6 +155,21 @@ class TrainConfig:
     """Recipe whose values hold wherever none is given here; `--recipe list` shows them all."""
 
     @property
+    def layers(self) -> tuple[int, ...]:
+        """Blocks whose MLPs are decomposed.
+
+        Raises:
+            ValueError: If all are asked for and nobody has said yet how many the model has; see `of_blocks`.
+        """
+        if isinstance(self.layer, str):
+            raise ValueError("layer must be numbers here; got all, and no model to count its blocks.")
+        return self.layer
+
+    def of_blocks(self, count: int) -> "TrainConfig":
+        """Return this with the numbers of the layers in the place of `all`, for a model of so many blocks."""
+        return self if self.layer != "all" else replace(self, layer=tuple(range(count)))
+
+    @property
     def warmup(self) -> int:
         """Tokens of linear warm-up, `auto` resolved."""
         if isinstance(self.warmup_tokens, int):
@@ -157,6 +177,7 @@ class TrainConfig:
         return PAPER_WARMUP if self.tokens >= PAPER_TOKENS else self.tokens // 25
 
     def __post_init__(self) -> None:
+        settle(self)
         for name in ("layer", "kind", "k", "text", *Settings._fields):
             values = values_of(getattr(self, name))
             name = name.replace("_", "-")

@@ -172,12 +172,13 @@ def shape_workload(config: TrainConfig, shape: ModelShape) -> Workload:
         raise ValueError(
             f"context must be at most {shape.positions}, the model's number of positions; got {config.context}."
         )
-    sites = shape.sites(config.layer)
+    config = config.of_blocks(shape.num_layers)
+    sites = shape.sites(config.layers)
     dtype = torch.float32 if config.model_dtype == "auto" else cast(torch.dtype, getattr(torch, config.model_dtype))
     device = resolve_device(config.device)
     torch.set_num_threads(resolve_threads(config.threads))
     students = plan_students(config, sites)
-    blocks = max(config.layer) + 1
+    blocks = max(config.layers) + 1
     return Workload(
         config=config,
         students=students,
@@ -289,23 +290,23 @@ def largest_grid(workload: Workload, available: int) -> Grid | None:
     """
     config = workload.config
     held = workload.model_bytes if workload.model_is_loaded else 0
-    sizes, step = (len(config.layer), len(config.kind), len(config.k), config.seeds), _largest_step(workload)
+    sizes, step = (len(config.layers), len(config.kind), len(config.k), config.seeds), _largest_step(workload)
     # Students, parameters and copied bytes of every part, as sums over its first layers, kinds, ks and seeds.
     sums = torch.zeros(*sizes, 3, dtype=torch.int64)
     for student, cost in zip(workload.students, workload.costs, strict=True):
         # With selection l1 there is one student for all ks, whose k is the number of its latents.
         k = 0 if student.l1_coefficient else config.k.index(student.network.k)
-        place = config.layer.index(student.layer), config.kind.index(student.kind), k, student.seed - config.seed
+        place = config.layers.index(student.layer), config.kind.index(student.kind), k, student.seed - config.seed
         sums[place] += torch.tensor([1, cost.parameters, cost.copied_bytes])
     for axis in range(len(sizes)):
         sums = sums.cumsum(axis)
     best: tuple[tuple[bool, int, int], Grid] | None = None
     for layers, kinds, ks, seeds in product(*(range(1, size + 1) for size in sizes)):
         students, parameters, copied = sums[layers - 1, kinds - 1, ks - 1, seeds - 1].tolist()
-        total = _memory(workload, parameters, max(copied, step), config.layer[:layers]).total
+        total = _memory(workload, parameters, max(copied, step), config.layers[:layers]).total
         rank = (kinds == len(config.kind), students, ks)
         if total - held <= available and (best is None or rank > best[0]):
-            best = rank, Grid(config.layer[:layers], config.kind[:kinds], config.k[:ks], seeds, students, total)
+            best = rank, Grid(config.layers[:layers], config.kind[:kinds], config.k[:ks], seeds, students, total)
     return None if best is None else best[1]
 
 

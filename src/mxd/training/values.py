@@ -1,0 +1,99 @@
+"""Values of settings as Python code gives them: brought to the type that a setting has, or refused by name."""
+
+import operator
+import os
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any, cast
+
+_REFUSED = object()
+_NAMES = {int: "a whole number", float: "a number", str: "text", bool: "True or False", types.NoneType: "None"}
+
+
+def settle(config: Any) -> None:
+    """Bring every field of a frozen dataclass to the type that its annotation names.
+
+    A list or a range becomes a tuple, a single value where only several are taken a tuple of one, a path text, and a
+    whole number a float where one is wanted. Nothing else is converted, and text is never taken apart.
+
+    Raises:
+        TypeError: If a value is of another type.
+    """
+    for field in fields(config):
+        value = getattr(config, field.name)
+        settled = _settled(value, field.type)
+        if settled is _REFUSED:
+            raise TypeError(f"{field.name} must be {_words(field.type)}; got {value!r}.{_hint(value)}")
+        object.__setattr__(config, field.name, settled)
+
+
+def _settled(value: object, wanted: Any) -> object:
+    """Return a value as one of the types that are wanted, or `_REFUSED`."""
+    single, element = _parts(wanted)
+    for kind in single:
+        settled = _as(value, kind)
+        if settled is not _REFUSED:
+            return settled
+    if element is None:
+        return _REFUSED
+    if isinstance(value, list | tuple | range):
+        several = tuple(_settled(one, element) for one in cast("list[object]", value))
+        return _REFUSED if any(one is _REFUSED for one in several) else several
+    alone = _settled(value, element)
+    return alone if alone is _REFUSED else (alone,)
+
+
+def _as(value: object, kind: Any) -> object:
+    """Return a value as this type, or `_REFUSED`."""
+    if typing.get_origin(kind) is typing.Literal:
+        # True equals 1, and is no such choice.
+        return value if any(type(value) is type(one) and value == one for one in typing.get_args(kind)) else _REFUSED
+    if typing.get_origin(kind) is dict:
+        return _rates(value)
+    if kind is str and isinstance(value, os.PathLike):
+        return os.fsdecode(cast("os.PathLike[str]", value))
+    if kind is float and isinstance(value, float):
+        return float(value)
+    if kind in (int, float):
+        return _REFUSED if isinstance(value, bool) or not hasattr(value, "__index__") else kind(operator.index(value))  # pyright: ignore[reportArgumentType]
+    return value if isinstance(value, kind) else _REFUSED
+
+
+def _rates(value: object) -> object:
+    if not isinstance(value, Mapping):
+        return _REFUSED
+    rates = {name: _as(rate, float) for name, rate in cast("Mapping[object, object]", value).items()}
+    is_known = all(isinstance(name, str) and rate is not _REFUSED for name, rate in rates.items())
+    return rates if is_known else _REFUSED
+
+
+def _parts(wanted: Any) -> tuple[list[Any], Any]:
+    """Return the types of which one value may be, and the type of each of several, or None where they may not be."""
+    is_union = typing.get_origin(wanted) in (typing.Union, types.UnionType)
+    members = typing.get_args(wanted) if is_union else (wanted,)
+    element = next((typing.get_args(one)[0] for one in members if typing.get_origin(one) is tuple), None)
+    return [one for one in members if typing.get_origin(one) is not tuple], element
+
+
+def _words(wanted: Any) -> str:
+    """Return what a message calls the types of a setting."""
+    single, element = _parts(wanted)
+    of_several = [] if element is None else [*_parts(element)[0]]
+    found: list[str] = []
+    for kind in dict.fromkeys([*of_several, *single]):
+        if typing.get_origin(kind) is typing.Literal:
+            found += map(repr, typing.get_args(kind))
+        else:
+            found.append("pairs of kind and number" if typing.get_origin(kind) is dict else _NAMES[kind])
+    return " or ".join(found) + (", or several of them" if element is not None else "")
+
+
+def _hint(value: object) -> str:
+    """Return how a count is written, for what a person may have meant as one."""
+    if isinstance(value, float) and value.is_integer():
+        return f" Write {int(value):_}."
+    if isinstance(value, str) and value[:1].isdigit():
+        return " Write counts as 480_000_000; K, M and B belong to the command line."
+    return ""
