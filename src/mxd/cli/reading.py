@@ -15,9 +15,7 @@ _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _EDGES = "│╭╮╰╯┃|"
 
 
-def run_one_of(
-    commands: Mapping[str, Callable[..., None]], name: str, arguments: Sequence[str], *, about: str
-) -> None:
+def run_one_of(commands: Mapping[str, Callable[..., None]], name: str, arguments: Sequence[str], *, about: str) -> None:
     """Run the command that the first of the arguments names, or show what commands there are.
 
     Args:
@@ -112,7 +110,8 @@ def _parts(box: str) -> list[list[_Line]]:
 def _options(lines: Sequence[_Line]) -> list[str]:
     """Return the options that lines of help are about, and with what has no name what it is."""
     found: list[str] = []
-    for line, below in zip(lines, [*lines[1:], None], strict=True):
+    for place, line in enumerate(lines):
+        below = lines[place + 1] if place + 1 < len(lines) else None
         if line.indent > min(other.indent for other in lines):
             continue
         name = line.words.split(" ")[0].rstrip(",")

@@ -30,6 +30,7 @@ def steer(
     text: tuple[str, ...] = (),
     tokens: int | None = None,
     device: str | None = None,
+    model: str | None = None,
     out: Path | None = None,
     json_: Annotated[bool, tyro.conf.arg(name="json")] = False,
 ) -> None:
@@ -49,6 +50,7 @@ def steer(
         text: Other held-out text than the run's own, for the units.
         tokens: Tokens of it, at most.
         device: Where to run; where the run was trained by default; `auto` takes the first accelerator.
+        model: Where the language model is now (a folder or hub id), if it is not where the run found it.
         out: Folder of the files; RUN/steering by default.
         json_: Print what steering.json holds.
     """
@@ -66,6 +68,7 @@ def steer(
             text=text,
             tokens=tokens,
             device=device,
+            model=model,
             advance=advance,
         )
     written = write_result(folder, result)

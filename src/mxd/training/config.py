@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple, TypeVar
 from mxd.layers import L1, BatchTopK, SelectionName, TopK, require_kind
 from mxd.layers.activations import activation_function
 from mxd.layers.sizing import EXPANSION
-from mxd.training.values import settle
+from mxd.training.values import settling
 
 Value = TypeVar("Value")
 EncoderChoice = Literal["auto", "mlp", "glu"]
@@ -44,6 +44,7 @@ def values_of(setting: Value | tuple[Value, ...]) -> tuple[Value, ...]:
     return setting if isinstance(setting, tuple) else (setting,)
 
 
+@settling
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
     """Which sparse layers to train, for which MLPs, on which text, and how.
@@ -177,7 +178,6 @@ class TrainConfig:
         return PAPER_WARMUP if self.tokens >= PAPER_TOKENS else self.tokens // 25
 
     def __post_init__(self) -> None:
-        settle(self)
         for name in ("layer", "kind", "k", "text", *Settings._fields):
             values = values_of(getattr(self, name))
             name = name.replace("_", "-")

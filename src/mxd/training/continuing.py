@@ -52,8 +52,8 @@ def recorded_config(stored: Mapping[str, JSON]) -> TrainConfig:
         return TrainConfig(**given)
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"run.json must hold the options of mxd train under config; it does not ({str(error).rstrip('.')}). Restore "
-            "it from a copy, or continue with the version of mxd that wrote it."
+            f"run.json must hold the options of mxd train under config; it does not ({str(error).rstrip('.')}). "
+            "Restore it from a copy, or continue with the version of mxd that wrote it."
         ) from error
 
 

@@ -55,6 +55,7 @@ from mxd.training.train import SinkOpener, train
 
 logger = logging.getLogger(__name__)
 
+
 def make_plan(config: TrainConfig, stored: Mapping[str, JSON] | None = None) -> Plan:
     """Load the model, read and check the text, and size the students; nothing is written but the token cache.
 

@@ -1,32 +1,43 @@
 """Values of settings as Python code gives them: brought to the type that a setting has, or refused by name."""
 
-import operator
+import functools
+import numbers
 import os
 import types
 import typing
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
+Config = TypeVar("Config")
 _REFUSED = object()
 _NAMES = {int: "a whole number", float: "a number", str: "text", bool: "True or False", types.NoneType: "None"}
 
 
-def settle(config: Any) -> None:
-    """Bring every field of a frozen dataclass to the type that its annotation names.
+def settling(config: type[Config]) -> type[Config]:
+    """Let a dataclass whose fields are keywords bring what it is given to the types that its annotations name.
 
     A list or a range becomes a tuple, a single value where only several are taken a tuple of one, a path text, and a
-    whole number a float where one is wanted. Nothing else is converted, and text is never taken apart.
-
-    Raises:
-        TypeError: If a value is of another type.
+    whole number a float where one is wanted. Nothing else is converted, and text is never taken apart. A value of
+    another type raises a TypeError that names it.
     """
-    for field in fields(config):
-        value = getattr(config, field.name)
-        settled = _settled(value, field.type)
-        if settled is _REFUSED:
-            raise TypeError(f"{field.name} must be {_words(field.type)}; got {value!r}.{_hint(value)}")
-        object.__setattr__(config, field.name, settled)
+    plain = config.__init__
+    kinds = {field.name: field.type for field in fields(cast("Any", config))}
+
+    @functools.wraps(plain)
+    def initialise(self: Any, **settings: Any) -> None:
+        plain(self, **{name: _settle(name, value, kinds.get(name, Any)) for name, value in settings.items()})
+
+    config.__init__ = initialise
+    return config
+
+
+def _settle(name: str, value: object, wanted: Any) -> object:
+    # What is no field at all is refused by the dataclass.
+    settled = value if wanted is Any else _settled(value, wanted)
+    if settled is _REFUSED:
+        raise TypeError(f"{name} must be {_words(wanted)}; got {value!r}.{_hint(value, wanted)}")
+    return settled
 
 
 def _settled(value: object, wanted: Any) -> object:
@@ -54,11 +65,11 @@ def _as(value: object, kind: Any) -> object:
         return _rates(value)
     if kind is str and isinstance(value, os.PathLike):
         return os.fsdecode(cast("os.PathLike[str]", value))
-    if kind is float and isinstance(value, float):
+    if kind is float and isinstance(value, numbers.Real) and not isinstance(value, bool):
         return float(value)
-    if kind in (int, float):
-        return _REFUSED if isinstance(value, bool) or not hasattr(value, "__index__") else kind(operator.index(value))  # pyright: ignore[reportArgumentType]
-    return value if isinstance(value, kind) else _REFUSED
+    if kind is int and isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        return int(value)
+    return value if kind not in (int, float) and isinstance(value, kind) else _REFUSED
 
 
 def _rates(value: object) -> object:
@@ -90,8 +101,10 @@ def _words(wanted: Any) -> str:
     return " or ".join(found) + (", or several of them" if element is not None else "")
 
 
-def _hint(value: object) -> str:
+def _hint(value: object, wanted: Any) -> str:
     """Return how a count is written, for what a person may have meant as one."""
+    if "a whole number" not in _words(wanted):
+        return ""
     if isinstance(value, float) and value.is_integer():
         return f" Write {int(value):_}."
     if isinstance(value, str) and value[:1].isdigit():
