@@ -187,24 +187,30 @@ def _shape_of_absent_model(config: TrainConfig) -> ModelShape | None:
 def _show_from_shape(config: TrainConfig, shape: ModelShape, console: Console) -> None:
     workload = shape_workload(config, shape)
     _show_students(f"{config.model} on {', '.join(config.text)}", workload, console)
-    steps = -(-config.tokens // config.batch_tokens)
     console.print(
-        f"{steps:,} steps, {config.tokens:,} tokens. {config.model} is not on this disk: its sizes are those that the "
+        f"{_steps(config)}. {config.model} is not on this disk: its sizes are those that the "
         f"recipe {config.recipe} knows, and neither model nor text was read."
     )
     _show_estimates(workload, console)
     require_memory(workload)
 
 
+def _steps(config: TrainConfig) -> str:
+    """Return how many steps and tokens are trained, and how many were asked for where that is another number."""
+    steps, trained = config.steps, config.steps * config.batch_tokens
+    asked = "" if trained == config.tokens else f", for {config.tokens:,} asked for: steps are whole, of --batch-tokens"
+    return f"{steps:,} steps, {trained:,} tokens{asked}"
+
+
 def _show(plan: Plan, workload: Workload, console: Console) -> None:
     _show_students(f"{plan.language_model.id} on {plan.text.name}", workload, console)
-    if plan.text.is_local and next(plan.text.documents(held_out=True), None) is None:
-        console.print(
-            f"{plan.text.name} has so few documents that none is held out: mxd evaluate will need other text (--text)."
-        )
+    if (counts := plan.text.counts) is not None:
+        documents = f"{counts.documents:,} document{'s' if counts.documents != 1 else ''}"
+        needed = "" if counts.held_out else ": so few that mxd evaluate will need other text (--text)"
+        console.print(f"{plan.text.name}: {documents}, {counts.held_out:,} held out{needed}.")
     epochs = plan.tokens.epochs_for(plan.config.tokens)
     passes = "streamed" if epochs is None else f"{epochs:.2f} epochs of the text"
-    console.print(f"{plan.steps:,} steps, {plan.config.tokens:,} tokens ({passes}).")
+    console.print(f"{_steps(plan.config)} ({passes}).")
     _show_estimates(workload, console)
     if plan.cache is not None:
         console.print(f"{announcement(plan.cache)}.")

@@ -91,8 +91,8 @@ class EvaluationRow:
     ce_mean: float | None
     """Cross-entropy of the model with the MLP's output set to its mean over the text; null for `together`."""
     loss_recovered: float
-    """(`ce_zero` − `ce`) / (`ce_zero` − `ce_base`); null where `ce_zero` is not above `ce_base` by more than chance: not
-    above it at all, or with 0 in the 95 % interval of the difference over evaluation documents."""
+    """(`ce_zero` − `ce`) / (`ce_zero` − `ce_base`); null where `ce_zero` is above `ce_base` by no more than chance: not
+    at all, or with 0 in the 95 % interval of the difference over evaluation documents."""
     loss_recovered_interval: Interval | None
     """The same for `loss_recovered`."""
     bits_per_byte_base: float | None

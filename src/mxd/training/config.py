@@ -57,12 +57,12 @@ class TrainConfig:
     model: str
     """Language model: a hub id, a local folder, or `bundled`."""
     text: tuple[str, ...]
-    """Text: a hub dataset id (streamed), local .txt/.jsonl/.json/.parquet files, folders or globs, or `stdlib`."""
+    """Text: a hub dataset id (streamed), local .txt/.jsonl/.json/.parquet files (or .txt.gz, .jsonl.zst and so on),
+    folders or globs, or `stdlib`."""
     layer: LayerChoice
     """Blocks whose MLPs are decomposed, counted from 0: numbers and spans, as in 0 2-4, or all."""
     tokens: int
-    """Tokens to train on; short text is repeated. Counts take K, M and B, as in 480M. Training is made of whole steps
-    of --batch-tokens, so the last one may go beyond."""
+    """Tokens to train on, rounded up to whole steps; short text is repeated. Counts take K, M and B, as in 480M."""
     kind: tuple[str, ...] = ("mxd",)
     """Kinds of layer: mxd, transcoder, skip-transcoder, shared-transcoder, topk-sae, low-rank, molt."""
     k: tuple[int, ...] = (32,)
@@ -169,6 +169,11 @@ class TrainConfig:
     def of_blocks(self, count: int) -> "TrainConfig":
         """Return this with the numbers of the layers in the place of `all`, for a model of so many blocks."""
         return self if self.layer != "all" else replace(self, layer=tuple(range(count)))
+
+    @property
+    def steps(self) -> int:
+        """Number of optimiser steps, each of `batch_tokens`: as many as hold all tokens."""
+        return -(-self.tokens // self.batch_tokens)
 
     @property
     def warmup(self) -> int:

@@ -47,7 +47,7 @@ class Plan:
     @property
     def steps(self) -> int:
         """Number of optimiser steps."""
-        return -(-self.config.tokens // self.config.batch_tokens)
+        return self.config.steps
 
     @property
     def schedule(self) -> Schedule:
