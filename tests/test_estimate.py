@@ -20,14 +20,13 @@ from mxd.training.estimate import (
     Workload,
     duration,
     host_memory,
-    largest_grid,
     memory,
     operations,
     plan_workload,
-    require_memory,
     shape_workload,
     student_cost,
 )
+from mxd.training.fitting import largest_grid, require_memory
 from mxd.training.grid import plan_students
 from tests.tiny_run import Command, TinyRun, assert_refused, training
 
@@ -43,7 +42,7 @@ def with_memory(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], None]
         def told(device: str) -> int | None:
             return available
 
-        for place in ("mxd.training.estimate", "mxd.cli.train"):
+        for place in ("mxd.training.fitting", "mxd.cli.train"):
             monkeypatch.setattr(f"{place}.available_memory", told)
 
     def not_cached(model: str, file: str, revision: str | None) -> None:
@@ -266,7 +265,7 @@ def test_a_cuda_device_and_its_host_are_charged_apart(monkeypatch: pytest.Monkey
     assert memory(on_cuda).buffer == memory(on_cpu).buffer - 2**30
     assert memory(on_cuda).step == memory(on_cpu).step + estimate.CUDA_BYTES
     free = {"cuda": memory(on_cuda).total, "cpu": host_memory(on_cuda)}
-    monkeypatch.setattr(estimate, "available_memory", free.get)
+    monkeypatch.setattr("mxd.training.fitting.available_memory", free.get)
     assert require_memory(on_cuda) == free["cuda"]
     free["cpu"] -= 1
     with pytest.raises(

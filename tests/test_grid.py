@@ -17,7 +17,8 @@ from mxd.layers import SharedTranscoderConfig
 from mxd.layers.sizing import num_parameters
 from mxd.recipes import find_recipe
 from mxd.training.config import Settings, TrainConfig, values_of
-from mxd.training.estimate import largest_grid, memory, shape_workload
+from mxd.training.estimate import memory, shape_workload
+from mxd.training.fitting import largest_grid
 from mxd.training.grid import StudentPlan, plan_students
 from tests.train_command import Trainer, nothing
 

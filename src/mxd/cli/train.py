@@ -32,9 +32,9 @@ from mxd.training.estimate import (
     memory,
     operations,
     plan_workload,
-    require_memory,
     shape_workload,
 )
+from mxd.training.fitting import require_memory
 from mxd.training.plan import Plan
 from mxd.training.shapes import ModelShape
 from mxd.training.streams import announcement
@@ -196,10 +196,10 @@ def _show_from_shape(config: TrainConfig, shape: ModelShape, console: Console) -
 
 
 def _steps(config: TrainConfig) -> str:
-    """Return how many steps and tokens are trained, and how many were asked for where that is another number."""
-    steps, trained = config.steps, config.steps * config.batch_tokens
-    asked = "" if trained == config.tokens else f", for {config.tokens:,} asked for: steps are whole, of --batch-tokens"
-    return f"{steps:,} steps, {trained:,} tokens{asked}"
+    """Return how many steps and tokens were asked for, and how many tokens are trained on where these are more."""
+    trained = config.steps * config.batch_tokens
+    more = "" if trained == config.tokens else f", which whole steps of {config.batch_tokens:,} make {trained:,}"
+    return f"{config.steps:,} steps, {config.tokens:,} tokens{more}"
 
 
 def _show(plan: Plan, workload: Workload, console: Console) -> None:

@@ -215,7 +215,7 @@ def find_mlp(model: nn.Module, layer: int, module_path: str | None = None) -> Ml
     if known is None and module_path is None:
         raise ValueError(
             f"The model must be of a known family ({', '.join(MLP_SITES)}); got model_type '{_model_type(model)}'. "
-            "Say where its MLPs are with --module 'path.{layer}.mlp'."
+            "Say where its MLPs are with module_path='path.{layer}.mlp' (on the command line, --module)."
         )
     spec = known if known is not None and module_path in (None, known.path) else MlpSpec(str(module_path))
     _check_layer(model, spec, layer)
