@@ -12,7 +12,8 @@ import tyro
 from mxd.cli.numbers import COUNTS
 
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
-_EDGES = "│╭╮╰╯┃|"
+_CORNERS, _SIDE = ("╭", "╰"), "│"
+_RULE = re.compile(r"[\s─-]*")
 
 
 def run_one_of(commands: Mapping[str, Callable[..., None]], name: str, arguments: Sequence[str], *, about: str) -> None:
@@ -96,15 +97,17 @@ def _sentence(box: str) -> str:
 
 
 def _parts(box: str) -> list[list[_Line]]:
-    """Return the lines of the box, split at its rules."""
+    """Return the lines of the box, split at its rules; its title, which says less than the fault, is left out."""
     parts: list[list[_Line]] = [[]]
     for line in _COLOUR.sub("", box).splitlines():
-        inner = line.strip().strip(_EDGES)
-        if not inner.strip(" ─"):
+        inner = line.strip().strip(_SIDE) if _SIDE in line else line
+        if line.strip().startswith(_CORNERS) or _RULE.fullmatch(inner):
             parts.append([])
-        elif "──" not in inner:
+        else:
             parts[-1].append(_Line(len(inner) - len(inner.lstrip()), inner.strip()))
-    return [part for part in parts if part]
+    found = [part for part in parts if part]
+    # Where only ASCII can be written, there are no edges, and the title is a part of its own.
+    return found if _SIDE in box else found[1:]
 
 
 def _options(lines: Sequence[_Line]) -> list[str]:
