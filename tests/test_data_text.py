@@ -1,6 +1,6 @@
 import gzip
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -110,14 +110,14 @@ def test_rows_whose_token_ids_or_text_are_null_are_left_out(tmp_path: Path, name
         ]
 
 
-PACKED = {"gz": gzip.compress, "zst": lambda content: packed_as_zst(content)}
-
-
 def packed_as_zst(content: bytes) -> bytes:
     written = pa.BufferOutputStream()
     with pa.CompressedOutputStream(written, "zstd") as stream:
         stream.write(content)
     return written.getvalue().to_pybytes()
+
+
+PACKED: dict[str, Callable[[bytes], bytes]] = {"gz": gzip.compress, "zst": packed_as_zst}
 
 
 @pytest.mark.parametrize("ending", PACKED)

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from fractions import Fraction
+from typing import cast
 
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
@@ -50,7 +51,7 @@ def _count_rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[int] | None
 
 @COUNTS.primitive_rule
 def _layers_rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[LayerChoice] | None:
-    if info.type != LayerChoice:
+    if cast("object", info.type) != LayerChoice:
         return None
     return PrimitiveConstructorSpec(
         nargs="*",

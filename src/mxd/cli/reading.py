@@ -114,12 +114,13 @@ def _options(lines: Sequence[_Line]) -> list[str]:
     """Return the options that lines of help are about, and with what has no name what it is."""
     found: list[str] = []
     for place, line in enumerate(lines):
-        below = lines[place + 1] if place + 1 < len(lines) else None
         if line.indent > min(other.indent for other in lines):
             continue
-        name = line.words.split(" ")[0].rstrip(",")
-        is_named = name.startswith("-") or below is None or below.indent <= line.indent
-        found.append(name if is_named else f"{name} ({below.words.removesuffix('(required)').rstrip(' .')})")
+        name, below = line.words.split(" ")[0].rstrip(","), lines[place + 1 : place + 2]
+        explained = [
+            other.words.removesuffix("(required)").rstrip(" .") for other in below if other.indent > line.indent
+        ]
+        found.append(f"{name} ({explained[0]})" if explained and not name.startswith("-") else name)
     return found
 
 

@@ -65,9 +65,12 @@ def _as(value: object, kind: Any) -> object:
         return _rates(value)
     if kind is str and isinstance(value, os.PathLike):
         return os.fsdecode(cast("os.PathLike[str]", value))
-    if kind is float and isinstance(value, numbers.Real) and not isinstance(value, bool):
+    if isinstance(value, bool):
+        # An int to Python, and no number that anybody means.
+        return value if kind is bool else _REFUSED
+    if kind is float and isinstance(value, numbers.Real):
         return float(value)
-    if kind is int and isinstance(value, numbers.Integral) and not isinstance(value, bool):
+    if kind is int and isinstance(value, numbers.Integral):
         return int(value)
     return value if kind not in (int, float) and isinstance(value, kind) else _REFUSED
 
