@@ -241,6 +241,12 @@ def test_all_layers_are_recorded_by_number_and_resumed_alike(mxd: Command, tiny:
     assert_refused(refused, "train", "config.layer.0 (0 → 1)")
 
 
+def test_a_folder_that_is_no_run_cannot_be_resumed_alone(mxd: Command, tmp_path: Path) -> None:
+    ended = mxd("train", "--resume", "--out", tmp_path / "no-run")
+    assert_refused(ended, "train", "must be the folder of a run to resume it without other options", "check the path")
+    assert mxd("train", "--resume", "--out", tmp_path / "no-run", "--help").status == 0
+
+
 def test_what_is_recorded_is_read_back_in_python(tiny: TinyRun, tmp_path: Path) -> None:
     stored = json.loads((tiny.run / "run.json").read_text())
     config = recorded_config(stored)

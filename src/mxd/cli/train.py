@@ -135,14 +135,21 @@ def train_from(recipe: str | None, arguments: Sequence[str] = ()) -> Callable[..
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--resume", action="store_true")
-    parser.add_argument("--out", type=Path)
+    for option in ("--out", "--model"):
+        parser.add_argument(option)
     try:
         given = parser.parse_known_args(arguments)[0]
     except argparse.ArgumentError:
         # Whoever reads all arguments says what is wrong.
         return train
-    if given.resume and given.out is not None and is_run(given.out):
-        return functools.partial(train, config=recorded_config(read_configuration(given.out)))
+    if given.resume and given.out is not None and is_run(Path(given.out)):
+        return functools.partial(train, config=recorded_config(read_configuration(Path(given.out))))
+    is_lone = given.out is not None and given.model is None and recipe is None and "--help" not in arguments
+    if given.resume and is_lone:
+        raise ValueError(
+            f"out must be the folder of a run to resume it without other options; {given.out} is none; check the path, "
+            "or give --model and the others to begin it."
+        )
     return train if recipe is None else functools.partial(train, config=find_recipe(recipe).config())
 
 
