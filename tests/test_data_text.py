@@ -79,7 +79,8 @@ def test_folders_and_globs_are_read_in_the_order_of_their_paths(tmp_path: Path) 
     write(tmp_path, "b.txt", "two")
     write(tmp_path, "a.txt", "one")
     write(tmp_path, "deep/c.json", '["three"]')
-    write(tmp_path, "ignored.md", "four")
+    for name in ("ignored.md", "ignored.gz", "ignored.parquet.gz", ".txt"):
+        write(tmp_path, name, "four")
     assert texts(str(tmp_path)) == ["one", "two", "three"]
     assert texts(str(tmp_path / "*.txt")) == ["one", "two"]
     assert texts(str(tmp_path / "**/*.json"), str(tmp_path / "b.txt"), str(tmp_path / "*.txt")) == [

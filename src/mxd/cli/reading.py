@@ -4,6 +4,7 @@ import contextlib
 import functools
 import io
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -59,6 +60,7 @@ def run_command(command: Callable[..., None], name: str, arguments: Sequence[str
         if end.code in (0, None):
             raise
         raise ValueError(f"{_sentence(said.getvalue())} {name} --help shows all options.") from end
+    sys.stderr.write(said.getvalue())
     call()
 
 
@@ -84,11 +86,12 @@ class _Line(NamedTuple):
 def _sentence(box: str) -> str:
     """Return in a sentence or two what tyro says in a box, whose first part is the fault and whose others are help."""
     parts = _parts(box)
-    fault = parts[0] if parts else []
+    fault = parts[0] if parts else [_Line(0, "The options are not understood")]
     beside = {part[0].words: part[1:] for part in parts[1:]}
-    if fault and fault[0].words.startswith("Missing from"):
+    missing = _options(fault[1:]) if fault[0].words.startswith("Missing from") else []
+    if missing:
         unknown = [line.words for line in beside.get("Unrecognized options:", [])]
-        return f"{_refused(unknown)}{_listed(_options(fault[1:]))} must be given."
+        return f"{_refused(unknown)}{_listed(missing)} must be given."
     words = " ".join(line.words for line in fault).rstrip(".")
     unknown = re.fullmatch(r"Unrecognized options: (.*)", words)
     meant = _options(beside.get("Perhaps you meant:", []))

@@ -11,10 +11,8 @@ from typing import NamedTuple, cast
 
 _COMPRESSIONS = (".gz", ".zst")
 _WRITTEN = (".txt", ".jsonl", ".json")
-LOCAL_SUFFIXES = (*_WRITTEN, ".parquet", *(kind + packed for kind in _WRITTEN for packed in _COMPRESSIONS))
-"""Endings of the files that can be read."""
 ENDINGS = f"{', '.join(_WRITTEN)}, .parquet, or one of the first three followed by .gz or .zst"
-"""The same in words."""
+"""Endings of the files that can be read, in words."""
 
 SEPARATOR = "<|endoftext|>"
 """Stands between the documents of a .txt, where it occurs at all."""
@@ -111,10 +109,9 @@ def read_documents(path: Path, text_field: str) -> Iterator[Document]:
     """Yield the documents of one local file, numbered within the file.
 
     Raises:
-        ValueError: If the ending is not one of `LOCAL_SUFFIXES`, or the content is not what it promises.
+        ValueError: If the ending is not one of `ENDINGS`, or the content is not what it promises.
     """
-    packed = path.suffix.lower() in _COMPRESSIONS
-    match path.with_suffix("").suffix.lower() if packed else path.suffix.lower():
+    match kind_of(path):
         case ".txt":
             # A line ends in one way, so that a document is the same whichever system it was written on.
             for row, text in enumerate(split_text(read_utf8(path).replace("\r\n", "\n"))):
@@ -123,10 +120,19 @@ def read_documents(path: Path, text_field: str) -> Iterator[Document]:
             yield from _read_jsonl(path, text_field)
         case ".json":
             yield from _read_json(path, text_field)
-        case ".parquet" if not packed:
+        case ".parquet":
             yield from _read_parquet(path, text_field)
         case _:
             raise ValueError(f"Local text must end in {ENDINGS}; got {path}. Convert the file to one of these.")
+
+
+def kind_of(path: Path) -> str | None:
+    """Return the ending that says how a file is read, whether packed or not; None where it is none of `ENDINGS`."""
+    ending = path.suffix.lower()
+    if ending not in _COMPRESSIONS:
+        return ending if ending in (*_WRITTEN, ".parquet") else None
+    inner = path.with_suffix("").suffix.lower()
+    return inner if inner in _WRITTEN else None
 
 
 def split_text(text: str) -> list[str]:

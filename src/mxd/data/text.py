@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from mxd.data.documents import (
     ENDINGS,
-    LOCAL_SUFFIXES,
     Document,
     check_fields,
+    kind_of,
     read_documents,
     row_document,
     text_document,
@@ -217,7 +217,7 @@ def local_files(name: str) -> list[Path]:
     if path.is_file():
         return [path]
     if path.is_dir():
-        files = [file for file in path.rglob("*") if file.is_file() and file.name.lower().endswith(LOCAL_SUFFIXES)]
+        files = [file for file in path.rglob("*") if file.is_file() and kind_of(file) is not None]
         problem = f"The folder {name} holds no file that ends in {ENDINGS}"
     elif glob.has_magic(name):
         files = [Path(file) for file in glob.glob(str(path), recursive=True) if Path(file).is_file()]
@@ -231,7 +231,7 @@ def local_files(name: str) -> list[Path]:
 
 
 def _is_hub_id(name: str) -> bool:
-    if name == STDLIB or Path(name).expanduser().exists() or name.lower().endswith(LOCAL_SUFFIXES):
+    if name == STDLIB or Path(name).expanduser().exists() or kind_of(Path(name)) is not None:
         return False
     return re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?(:[\w.-]+)?", name) is not None
 

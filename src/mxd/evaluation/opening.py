@@ -171,7 +171,7 @@ def open_run_text(run: Path, description: Mapping[str, Any], text: Sequence[str]
         raise ValueError(
             f"The text of {run} must be what the run was trained on; {source.name} has changed since, so that what is "
             "held out of it now may have been trained on. Restore it (for stdlib, the version of Python), or name "
-            "other text with --text."
+            "with --text where it is now, or other text."
         )
     return source
 
