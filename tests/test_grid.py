@@ -42,7 +42,7 @@ VALUES: Mapping[str, tuple[object, ...]] = {
 
 def students_of(**changes: object) -> list[StudentPlan]:
     config = replace(BASE, **changes)  # pyright: ignore[reportArgumentType]
-    return plan_students(config, SHAPE.sites(config.layer))
+    return plan_students(config, SHAPE.sites(config.layers))
 
 
 def ids_of(**changes: object) -> list[str]:

@@ -119,7 +119,7 @@ def test_parameters_are_matched_to_the_papers_budget(
 ) -> None:
     recipe = find_recipe(name)
     config = replace(recipe.config(), k=(32,))
-    students = {student.kind: student for student in plan_students(config, recipe.shape.sites(config.layer))}
+    students = {student.kind: student for student in plan_students(config, recipe.shape.sites(config.layers))}
     assert students["mxd"].network.num_latents == pytest.approx(experts, rel=1e-3)
     assert matched in (None, students["mxd"].network.num_latents)
     assert getattr(students["mxd"].network, "d_hidden", None) == hidden

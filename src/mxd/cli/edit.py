@@ -61,7 +61,6 @@ def edit(
         json_: Print edits and effects as one JSON object.
     """
     _require_one_request(operation, strength, unit, latents, undo=undo, undo_all=undo_all)
-    console = notes()
     place = find_layer(run, student, model)
     groups = saved_edits(place.folder)
     kept = groups[:-1] if undo else [] if undo_all else groups
@@ -80,8 +79,8 @@ def edit(
         save_layer(plain, export, load_checkpoint(place.folder).provenance)
     if after != before:
         save_edits(place.folder, *kept)
-    _show(_Report(place.candidate.name, after, effects), console, as_json=json_)
-    _show_written(place.folder if after != before else None, bool(after), export, console)
+    _show(_Report(place.candidate.name, after, effects), notes(), as_json=json_)
+    _show_written(place.folder if after != before else None, bool(after), export, notes())
 
 
 def _require_one_request(

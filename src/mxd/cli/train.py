@@ -4,7 +4,7 @@ import argparse
 import functools
 import hashlib
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, cast
@@ -72,9 +72,7 @@ def train(
         raise ValueError(f"snapshot-every must be a number of seconds, at least 0; got {snapshot_every}.")
     if not dry_run:
         require_place(out, resume)
-    for package, is_wanted in {"tensorboard": tensorboard, "wandb": wandb is not None}.items():
-        if is_wanted and importlib.util.find_spec(package) is None:
-            raise ValueError(f"--{package} needs the package {package}; run pip install 'mxd[{package}]'.")
+    _require_packages({"tensorboard": tensorboard, "wandb": wandb is not None})
     console = notes()
     if dry_run and (shape := _shape_of_absent_model(config)) is not None:
         _show_from_shape(config, shape, console)
@@ -107,6 +105,12 @@ def train(
     except (TrainingInterrupted, KeyboardInterrupt) as error:
         raise go_on_with_resume(error) from error
     console.print(f"Wrote {len(plan.students)} layers to {out}/layers. Next: mxd evaluate {out}", soft_wrap=True)
+
+
+def _require_packages(wanted: Mapping[str, bool]) -> None:
+    for package, is_wanted in wanted.items():
+        if is_wanted and importlib.util.find_spec(package) is None:
+            raise ValueError(f"--{package} needs the package {package}; run pip install 'mxd[{package}]'.")
 
 
 def _sinks(plan: Plan, out: Path, tensorboard: bool, wandb: str | None) -> list[SinkOpener]:

@@ -14,7 +14,7 @@ from mxd.atomic import JSON
 from mxd.bundled import held_out_modules
 from mxd.checkpoint import Checkpoint, Provenance, layer_folder, load_checkpoint, save_layer
 from mxd.data.prefetch import Prefetch
-from mxd.data.text import open_text
+from mxd.data.text import TextSource, open_text
 from mxd.data.tokens import open_tokens
 from mxd.edits import edits_of, with_edits
 from mxd.kernels.backends import using_backend
@@ -88,14 +88,7 @@ def make_plan(config: TrainConfig, stored: Mapping[str, JSON] | None = None) -> 
     # A run goes on from its snapshots: what it began from need not be there any more.
     sources = _sources(config, students) if stored is None else cast(Mapping[str, str], stored.get("sources", {}))
     require_context(model, config.context)
-    with finding_text("The run", is_given=stored is None):
-        text = open_text(
-            config.text,
-            text_field=config.text_field,
-            split=config.split,
-            revision=commits.text,
-            held_out_modules=held_out_modules(),
-        )
+    text = _open_text(config, commits, is_given=stored is None)
     tokens = open_tokens(
         text,
         language_model.tokenizer,
@@ -122,6 +115,17 @@ def make_plan(config: TrainConfig, stored: Mapping[str, JSON] | None = None) -> 
         cache=cache,
         sources=sources,
     )
+
+
+def _open_text(config: TrainConfig, commits: Commits, *, is_given: bool) -> TextSource:
+    with finding_text("The run", is_given=is_given):
+        return open_text(
+            config.text,
+            text_field=config.text_field,
+            split=config.split,
+            revision=commits.text,
+            held_out_modules=held_out_modules(),
+        )
 
 
 def decompose(
