@@ -217,7 +217,11 @@ def _show(plan: Plan, workload: Workload, console: Console) -> None:
     _show_students(f"{plan.language_model.id} on {plan.text.name}", workload, console)
     if (counts := plan.text.counts) is not None:
         documents = f"{counts.documents:,} document{'s' if counts.documents != 1 else ''}"
-        needed = "" if counts.held_out else ": so few documents that none is held out; mxd evaluate will need other text (--text)"
+        needed = (
+            ""
+            if counts.held_out
+            else ": so few documents that none is held out; mxd evaluate will need other text (--text)"
+        )
         console.print(f"{plan.text.name}: {documents}, {counts.held_out:,} held out{needed}.")
     epochs = plan.tokens.epochs_for(plan.config.tokens)
     passes = "streamed" if epochs is None else f"{epochs:.2f} epochs of the text"
