@@ -76,7 +76,7 @@ def test_a_recipe_varies_what_it_says_and_nothing_else_field_by_field(name: str)
         expected = own | GRIDS[name] | {"recipe": f"ablation-{name}{suffix}"}
         expected |= {"rank": RANKS[name][which]} if name in RANKS else {}
         assert config == replace(base, **expected)  # pyright: ignore[reportArgumentType]
-        students = plan_students(config, recipe.shape.sites(config.layer))
+        students = plan_students(config, recipe.shape.sites(config.layers))
         assert len(students) == STUDENTS[name] * config.seeds
         if config.num_latents is None:
             sizes = [student.network.num_parameters for student in students]

@@ -24,7 +24,7 @@ REFUSED_FLAGS: dict[str, tuple[Settings, tuple[str, ...]]] = {
     "unknown model": ({"model": "nobody/nothing"}, ("A model must be", "found no 'nobody/nothing'", "Check")),
     "model path that is not there": ({"model": "./nothing"}, ("found no folder './nothing'", "Check the path")),
     "layer above the last": ({"layer": 2}, ("layer must lie in [0, 1]", "got 2")),
-    "layer below 0": ({"layer": -1}, ("layer must lie in [0, 1]", "got -1")),
+    "layer below 0": ({"layer": -1}, ("layer must be numbers, spans such as 0-3, or all alone", "got '-1'")),
     "k above num-latents": ({"k": 17}, ("k must be at most num-latents, 16", "got 17")),
     "k above the matched number": ({"k": 400, "num_latents": None, "expansion": 2}, ("k must lie in", "got 400")),
     "k of 0": ({"k": 0}, ("k must be at least 1", "got 0")),

@@ -1,5 +1,6 @@
+import gzip
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -78,7 +79,8 @@ def test_folders_and_globs_are_read_in_the_order_of_their_paths(tmp_path: Path) 
     write(tmp_path, "b.txt", "two")
     write(tmp_path, "a.txt", "one")
     write(tmp_path, "deep/c.json", '["three"]')
-    write(tmp_path, "ignored.md", "four")
+    for name in ("ignored.md", "ignored.gz", "ignored.parquet.gz", ".txt"):
+        write(tmp_path, name, "four")
     assert texts(str(tmp_path)) == ["one", "two", "three"]
     assert texts(str(tmp_path / "*.txt")) == ["one", "two"]
     assert texts(str(tmp_path / "**/*.json"), str(tmp_path / "b.txt"), str(tmp_path / "*.txt")) == [
@@ -92,6 +94,68 @@ def test_a_row_whose_token_ids_are_null_has_its_text(tmp_path: Path) -> None:
     path = write(tmp_path, "a.jsonl", rows_as_jsonl([{"input_ids": None, "text": "x"}]))
     (document,) = all_documents(open_text([path]))
     assert document.text == "x"
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.parquet"])
+def test_rows_whose_token_ids_or_text_are_null_are_left_out(tmp_path: Path, name: str) -> None:
+    for field, rows in {"input_ids": [[3, 1], None, [7]], "text": ["one", None, "two"]}.items():
+        path = tmp_path / name
+        if name.endswith("parquet"):
+            pq.write_table(pa.table({field: rows}), path)
+        else:
+            objects: list[object] = [{field: row} for row in rows]
+            path.write_text(rows_as_jsonl(objects) if name == "a.jsonl" else json.dumps(objects))
+        found = all_documents(open_text([str(path)]))
+        assert [document.ids or document.text for document in found] == [
+            tuple(row) if isinstance(row, list) else row for row in rows if row is not None
+        ]
+
+
+def packed_as_zst(content: bytes) -> bytes:
+    written = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(written, "zstd") as stream:
+        stream.write(content)
+    return written.getvalue().to_pybytes()
+
+
+PACKED: dict[str, Callable[[bytes], bytes]] = {"gz": gzip.compress, "zst": packed_as_zst}
+
+
+@pytest.mark.parametrize("ending", PACKED)
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json"])
+def test_packed_files_hold_the_same_documents(tmp_path: Path, name: str, ending: str) -> None:
+    content = {"a.txt": b"one\n\ntwo \xe2\x9d\x84", "a.jsonl": b'"one"\n"two"', "a.json": b'["one", "two"]'}[name]
+    plain = open_text([write(tmp_path, name, content)])
+    # Two parts, one behind the other, are one file to gzip and zstd.
+    packed = PACKED[ending](content[:5]) + PACKED[ending](content[5:])
+    path = write(tmp_path, f"packed/{name.upper()}.{ending}", packed)
+    assert open_text([path]).identity.digest == plain.identity.digest
+    assert open_text([str(tmp_path / "packed")]).identity.digest == plain.identity.digest
+    for broken in (packed[:-5], b"no such thing"):
+        with pytest.raises(ValueError, match=rf"ends in \.{ending} must be packed so; .* Download or pack it again"):
+            open_text([write(tmp_path, f"broken.{name}.{ending}", broken)])
+    with pytest.raises(ValueError, match="must be UTF-8"):
+        open_text([write(tmp_path, f"other.{name}.{ending}", PACKED[ending](b"caf\xe9"))])
+    with pytest.raises(FileNotFoundError, match="There is no file"):
+        open_text([f"missing.{name}.{ending}"])
+
+
+def test_a_txt_is_the_same_text_whichever_way_its_lines_end(tmp_path: Path) -> None:
+    unix = "one\nmore\n\ntwo\n"
+    digests = {
+        open_text([write(tmp_path, name, unix.replace("\n", end))]).identity.digest
+        for name, end in {"unix.txt": "\n", "windows.txt": "\r\n"}.items()
+    }
+    assert len(digests) == 1
+    assert texts(str(tmp_path / "windows.txt")) == ["one\nmore", "two"]
+
+
+def test_local_text_knows_how_many_documents_it_has(tmp_path: Path) -> None:
+    stories = [f"story {n}" for n in range(300)]
+    source = open_text([write(tmp_path, "a.json", json.dumps(stories))])
+    held_out = sum(map(is_held_out, stories))
+    assert source.counts == (300, held_out)
+    assert held_out > 0
 
 
 def test_token_ids_are_taken_before_text(tmp_path: Path) -> None:
@@ -154,7 +218,7 @@ def local_errors() -> Iterator[tuple[str, str | bytes, str]]:
     yield "a.jsonl", f'"a"\n{long}', r"a.jsonl, line 2 is not \(.*digits.*\). Repair or remove the line"
     yield "a.json", f"[{long}]", r"a.json is not \(.*digits.*\). Repair"
     yield "a.parquet", "no table", r"Parquet table; .*a.parquet is not"
-    yield "a.csv", "a,b", r"must end in .txt, .jsonl, .json, .parquet; got .*a.csv"
+    yield "a.csv", "a,b", r"must end in .txt, .jsonl, .json, .parquet, or .*; got .*a.csv"
 
 
 @pytest.mark.parametrize(("name", "content", "message"), local_errors())

@@ -3,10 +3,12 @@
 import ast
 import functools
 import importlib
+import json
 import re
 import shlex
 import textwrap
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +18,7 @@ import torch
 import mxd
 from mxd.cli import main
 from mxd.models import MLP_SITES
+from mxd.recipes import find_recipe
 
 ROOT = Path(__file__).parent.parent
 PAGES = {
@@ -185,7 +188,13 @@ def parsed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
     return run
 
 
-def test_the_commands_are_understood(parsed: Callable[..., str]) -> None:
+def test_the_commands_are_understood(
+    parsed: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A run is resumed with what it records.
+    monkeypatch.chdir(tmp_path)
+    Path("RUN").mkdir()
+    Path("RUN/run.json").write_text(json.dumps({"command": "train", "config": asdict(find_recipe("demo").config())}))
     wholes = {command.words for command in commands("mxd") if not PLACEHOLDERS & set(command.words)}
     given = [words for words in wholes if is_whole(words)]
     assert len(given) >= 30

@@ -20,14 +20,13 @@ from mxd.training.estimate import (
     Workload,
     duration,
     host_memory,
-    largest_grid,
     memory,
     operations,
     plan_workload,
-    require_memory,
     shape_workload,
     student_cost,
 )
+from mxd.training.fitting import largest_grid, require_memory
 from mxd.training.grid import plan_students
 from tests.tiny_run import Command, TinyRun, assert_refused, training
 
@@ -43,7 +42,7 @@ def with_memory(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], None]
         def told(device: str) -> int | None:
             return available
 
-        for place in ("mxd.training.estimate", "mxd.cli.train"):
+        for place in ("mxd.training.fitting", "mxd.cli.train"):
             monkeypatch.setattr(f"{place}.available_memory", told)
 
     def not_cached(model: str, file: str, revision: str | None) -> None:
@@ -266,7 +265,7 @@ def test_a_cuda_device_and_its_host_are_charged_apart(monkeypatch: pytest.Monkey
     assert memory(on_cuda).buffer == memory(on_cpu).buffer - 2**30
     assert memory(on_cuda).step == memory(on_cpu).step + estimate.CUDA_BYTES
     free = {"cuda": memory(on_cuda).total, "cpu": host_memory(on_cuda)}
-    monkeypatch.setattr(estimate, "available_memory", free.get)
+    monkeypatch.setattr("mxd.training.fitting.available_memory", free.get)
     assert require_memory(on_cuda) == free["cuda"]
     free["cpu"] -= 1
     with pytest.raises(
@@ -276,3 +275,41 @@ def test_a_cuda_device_and_its_host_are_charged_apart(monkeypatch: pytest.Monkey
     free |= {"cpu": 2**50, "cuda": memory(on_cuda).total - 1}
     with pytest.raises(ValueError, match=r"must fit in memory; .* available on cuda; the largest grid"):
         require_memory(on_cuda)
+
+
+SHRINKING: dict[str, tuple[dict[str, object], str]] = {
+    "buffer": ({"buffer_tokens": 2**20}, "--buffer-tokens"),
+    "batch": ({"batch_tokens": 2**17, "buffer_tokens": 2**17}, "--micro-batch-tokens"),
+    "batch with micro-batches": ({"batch_tokens": 2**17, "aux_coefficient": 0.1}, "--batch-tokens"),
+    "matched sizes": ({"expansion": 2048}, "--expansion"),
+    "given sizes": ({"num_latents": (5000, 40000)}, "--num-latents"),
+}
+
+
+@pytest.mark.parametrize("case", SHRINKING)
+def test_a_run_that_does_not_fit_names_the_options_with_which_all_of_it_would(
+    with_memory: Callable[[int | None], None], case: str
+) -> None:
+    changes, option = SHRINKING[case]
+    whole = grid(**changes)
+    available = int(0.8 * memory(whole).total)
+    with_memory(available)
+    with pytest.raises(ValueError, match="all of it fits with") as refusal:
+        require_memory(whole)
+    words = str(refusal.value).partition("all of it fits with ")[2].rstrip(".")
+    named = {part.split()[0]: tuple(map(int, part.split()[1:])) for part in words.split(", or with ")}
+    assert option in named
+    for name, values in named.items():
+        setting = name.removeprefix("--").replace("-", "_")
+        value: object = values if setting == "num_latents" else values[0]
+        assert memory(grid(**(changes | {setting: value}))).total <= available, name
+        twice: object = tuple(2 * one for one in values) if setting == "num_latents" else 2 * values[0]
+        assert memory(grid(**(changes | {setting: twice}))).total > available, f"{name} could be larger"
+
+
+def test_steps_are_whole_and_the_command_says_what_that_makes(mxd: Command, tiny: TinyRun, tmp_path: Path) -> None:
+    ended = mxd(*training(tiny, tmp_path / "run", "--dry-run", tokens=1100))
+    assert "3 steps, 1,100 tokens, which whole steps of 512 make 1,536 (" in ended.err
+    ended = mxd(*training(tiny, tmp_path / "run", "--dry-run", tokens=1024))
+    assert "2 steps, 1,024 tokens (" in ended.err
+    assert "tiny.jsonl: 300 documents, 30 held out.\n" in ended.err

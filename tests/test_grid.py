@@ -17,7 +17,8 @@ from mxd.layers import SharedTranscoderConfig
 from mxd.layers.sizing import num_parameters
 from mxd.recipes import find_recipe
 from mxd.training.config import Settings, TrainConfig, values_of
-from mxd.training.estimate import largest_grid, memory, shape_workload
+from mxd.training.estimate import memory, shape_workload
+from mxd.training.fitting import largest_grid
 from mxd.training.grid import StudentPlan, plan_students
 from tests.train_command import Trainer, nothing
 
@@ -41,7 +42,7 @@ VALUES: Mapping[str, tuple[object, ...]] = {
 
 def students_of(**changes: object) -> list[StudentPlan]:
     config = replace(BASE, **changes)  # pyright: ignore[reportArgumentType]
-    return plan_students(config, SHAPE.sites(config.layer))
+    return plan_students(config, SHAPE.sites(config.layers))
 
 
 def ids_of(**changes: object) -> list[str]:

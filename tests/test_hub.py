@@ -1,3 +1,4 @@
+import math
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,10 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
+def number(value: float) -> str:
+    return f"{value:.4g}" if math.isfinite(value) else "–"
+
+
 def test_the_card_of_a_run_that_was_evaluated_together_has_a_row_for_each_measurement(evaluated: Path) -> None:
     table = [line for line in model_card(evaluated).splitlines() if line.startswith(("| Layer", "| All"))]
     places = [("Layer 0", (4, 2)), ("Layer 1", (4, 2)), ("All layers", (4,))]
@@ -136,7 +141,7 @@ def test_the_card_of_a_run_that_was_evaluated_together_has_a_row_for_each_measur
     assert "None" not in "".join(table)
     assert all(line.count("|") == 11 for line in table)
     row = read_record(evaluated / EVALUATION_FILE).rows[0]
-    assert f"| {row.ce_increase:.4g} | {row.loss_recovered:.4g} |" in table[0]
+    assert f"| {row.ce_increase:.4g} | {number(row.loss_recovered)} | {row.kl:.4g} |" in table[0]
 
 
 def test_numbers_of_another_version_or_of_other_edits_are_not_put_on_a_card(evaluated: Path, tmp_path: Path) -> None:

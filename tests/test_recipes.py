@@ -119,7 +119,7 @@ def test_parameters_are_matched_to_the_papers_budget(
 ) -> None:
     recipe = find_recipe(name)
     config = replace(recipe.config(), k=(32,))
-    students = {student.kind: student for student in plan_students(config, recipe.shape.sites(config.layer))}
+    students = {student.kind: student for student in plan_students(config, recipe.shape.sites(config.layers))}
     assert students["mxd"].network.num_latents == pytest.approx(experts, rel=1e-3)
     assert matched in (None, students["mxd"].network.num_latents)
     assert getattr(students["mxd"].network, "d_hidden", None) == hidden
@@ -210,7 +210,7 @@ def test_the_shape_of_a_recipe_is_that_of_its_model(name: str) -> None:
 def test_the_first_layer_and_the_last_can_be_asked_for_and_no_further_one(name: str) -> None:
     shape, build = find_recipe(name).shape, find_recipe(name).config
     sites = shape.sites((0, shape.num_layers - 1))
-    assert all(layer < shape.num_layers for layer in build().layer)
+    assert all(layer < shape.num_layers for layer in build().layers)
     assert {(site.d_in, site.d_hidden, site.d_out, site.gated) for site in sites.values()} == {
         (shape.d_model, shape.d_hidden, shape.d_model, shape.gated)
     }

@@ -94,9 +94,9 @@ def kl_divergence(
 def loss_recovered(ce: float, ce_base: float, ce_zero: float) -> float:
     """Return the share of zero ablation's damage that a replacement avoids: (CE_zero − CE) / (CE_zero − CE_base).
 
-    It is NaN where zero ablation does no damage.
+    It is NaN where zero ablation does no damage, of which nothing can be recovered.
     """
-    return _ratio(ce_zero - ce, ce_zero - ce_base)
+    return (ce_zero - ce) / (ce_zero - ce_base) if ce_zero > ce_base else math.nan
 
 
 def _ratio(numerator: float, denominator: float) -> float:

@@ -34,6 +34,7 @@ def edit(
     text: tuple[str, ...] = (),
     tokens: int | None = None,
     device: str | None = None,
+    model: str | None = None,
     export: Path | None = None,
     json_: Annotated[bool, tyro.conf.arg(name="json")] = False,
 ) -> None:
@@ -55,12 +56,12 @@ def edit(
         text: Other held-out text than the run's own.
         tokens: Tokens of it, at most.
         device: Where to run; where the run was trained by default; `auto` takes the first accelerator.
+        model: Where the language model is now (a folder or hub id), if it is not where the run found it.
         export: Folder for a layer without edits whose weights do what the edits do, where the algebra allows.
         json_: Print edits and effects as one JSON object.
     """
     _require_one_request(operation, strength, unit, latents, undo=undo, undo_all=undo_all)
-    console = notes()
-    place = find_layer(run, student)
+    place = find_layer(run, student, model)
     groups = saved_edits(place.folder)
     kept = groups[:-1] if undo else [] if undo_all else groups
     if operation is not None:
@@ -78,8 +79,8 @@ def edit(
         save_layer(plain, export, load_checkpoint(place.folder).provenance)
     if after != before:
         save_edits(place.folder, *kept)
-    _show(_Report(place.candidate.name, after, effects), console, as_json=json_)
-    _show_written(place.folder if after != before else None, bool(after), export, console)
+    _show(_Report(place.candidate.name, after, effects), notes(), as_json=json_)
+    _show_written(place.folder if after != before else None, bool(after), export, notes())
 
 
 def _require_one_request(

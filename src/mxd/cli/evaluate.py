@@ -22,6 +22,7 @@ def evaluate(
     k: tuple[int, ...] = (),
     together: bool = False,
     device: str | None = None,
+    model: str | None = None,
     json_: Annotated[bool, tyro.conf.arg(name="json")] = False,
 ) -> None:
     """Put a run's layers back into their model and measure what changes, on held-out text.
@@ -32,18 +33,22 @@ def evaluate(
     Args:
         run: Folder of a finished run.
         text: Other text than the run's own; its held-out documents are used, which are the same wherever a document
-            stands, if its form (text, or token ids) is the same.
+            stands, if its form (text, or token ids) is the same. Or where the run's own text is now: what has the same
+            documents is the same text.
         tokens: Tokens to evaluate on, at most.
         student: Ids such as mxd-k32 or 8/mxd-k32; all by default.
         k: Also measure each student at these numbers of active latents, which it need not have been trained with.
         together: Also measure the model with all layers replaced at once, by each student that all of them have
             (together/mxd-k32), or where there is one student a layer by these.
         device: Where to run; where the run was trained by default; `auto` takes the first accelerator.
+        model: Where the language model is now (a folder or hub id), if it is not where the run found it.
         json_: Print the rows as one JSON array.
     """
-    evaluation = evaluate_run(run, text=text, tokens=tokens, students=student, ks=k, together=together, device=device)
+    evaluation = evaluate_run(
+        run, text=text, tokens=tokens, students=student, ks=k, together=together, device=device, model=model
+    )
     command = shlex.join(["mxd", *sys.argv[1:]])
-    is_whole = not (text or student)
+    is_whole = evaluation.on_own_text and not student
     written: list[str] = []
     if is_whole:
         title = f"Sparse layers of {evaluation.facts['model']}"

@@ -32,6 +32,7 @@ def explain(
     text: tuple[str, ...] = (),
     tokens: int | None = None,
     device: str | None = None,
+    model: str | None = None,
     delphi: Path | None = None,
     json_: Annotated[bool, tyro.conf.arg(name="json")] = False,
 ) -> None:
@@ -49,6 +50,7 @@ def explain(
         text: Other text than the run's own; its held-out documents are used.
         tokens: Tokens of it, at most.
         device: Where to run; where the run was trained by default; `auto` takes the first accelerator.
+        model: Where the language model is now (a folder or hub id), if it is not where the run found it.
         delphi: Folder for delphi's caches, one a student.
         json_: Print the explanations as one JSON array.
     """
@@ -56,12 +58,14 @@ def explain(
     if not judges.endpoints and delphi is None:
         raise ValueError("mxd explain needs --judge URL MODEL to explain, or --delphi FOLDER to export; got neither.")
     if delphi is not None:
-        files = export_run(run, delphi, students=student, text=text, tokens=tokens, device=device)
+        files = export_run(run, delphi, students=student, text=text, tokens=tokens, device=device, model=model)
         console.print(f"Wrote {len(files)} files for delphi to {delphi}.")
     if not judges.endpoints:
         return
     wanted = parse_latents(latents) if latents else []
-    found = gather_latents(run, students=student, latents=wanted, count=count, text=text, tokens=tokens, device=device)
+    found = gather_latents(
+        run, students=student, latents=wanted, count=count, text=text, tokens=tokens, device=device, model=model
+    )
     for name, latent in found.skipped:
         console.print(f"Latent {latent} of {name} fires, or is silent, in too few contexts to be explained; left out.")
     rows = _explained(found, judges, run / "judge-cache", console)

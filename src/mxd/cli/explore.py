@@ -56,14 +56,15 @@ def explore(
         count = export_pages(library, export)
         console.print(f"Wrote {count} files to {export}; open {export / 'index.html'} in a browser.")
     elif serve:
-        _serve(library, config.device, port, console)
+        _serve(library, config, port, console)
 
 
 def _require_as_asked(path: Path, config: CollectConfig) -> None:
     """Check that a database holds what this call asks for, where it asks for something."""
     with reading(path) as connection:
         collected: dict[str, Any] = read_facts(connection)["collected"]
-    asked = {name: value for name, value in asdict(config).items() if name != "device" and value not in (None, ())}
+    places = ("device", "model")
+    asked = {name: value for name, value in asdict(config).items() if name not in places and value not in (None, ())}
     for name, value in asked.items():
         held = collected[name]
         if held != (list(value) if isinstance(value, tuple) else value):
@@ -73,7 +74,7 @@ def _require_as_asked(path: Path, config: CollectConfig) -> None:
             )
 
 
-def _serve(library: Library, device: str | None, port: int, console: Console) -> None:
+def _serve(library: Library, config: CollectConfig, port: int, console: Console) -> None:
     from mxd.explorer.live import LiveModel
     from mxd.explorer.server import LOOPBACK, listen, make_app, serve
 
@@ -81,7 +82,7 @@ def _serve(library: Library, device: str | None, port: int, console: Console) ->
     taken = int(bound.getsockname()[1])
     if taken != port:
         console.print(f"Port {port} is in use; taking {taken}.")
-    app = make_app(library, LiveModel(library.run, library.students(), device), taken)
+    app = make_app(library, LiveModel(library.run, library.students(), config.device, config.model), taken)
     console.print(f"Open http://{LOOPBACK}:{taken}/ in a browser; Ctrl-C ends it.")
     try:
         serve(app, bound)

@@ -21,6 +21,7 @@ def frontier(
     tokens: int | None = None,
     together: bool = False,
     device: str | None = None,
+    model: str | None = None,
     json_: Annotated[bool, tyro.conf.arg(name="json")] = False,
 ) -> None:
     """Draw what sparsity costs: the loss and the error of every layer, kind, K and seed of finished runs, against K.
@@ -37,6 +38,7 @@ def frontier(
         tokens: Tokens to evaluate on, at most; without it, evaluations that are there are taken whatever their number.
         together: Also draw what all layers cost when replaced at once, for each student that all layers have.
         device: Where to evaluate; where each run was trained by default; `auto` takes the first accelerator.
+        model: Where the language model of all runs is now (a folder or hub id), if it is not where they found it.
         json_: Print what frontier.json holds.
     """
     if not runs:
@@ -45,7 +47,14 @@ def frontier(
     folder = require_place(out, runs, text)
     command = shlex.join(["mxd", *sys.argv[1:]])
     found = compare_runs(
-        runs, text=text, tokens=tokens, together=together, device=device, command=command, say=console.print
+        runs,
+        text=text,
+        tokens=tokens,
+        together=together,
+        device=device,
+        model=model,
+        command=command,
+        say=console.print,
     )
     written = write_frontier(found, folder, command=command)
     if json_:

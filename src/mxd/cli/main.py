@@ -2,10 +2,8 @@
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NoReturn
-
-import tyro
 
 from mxd.printable import printable
 
@@ -50,62 +48,62 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 def _run(given: list[str]) -> None:
     """Run the command that was asked for."""
+    from mxd.cli.reading import run_one_of
+    from mxd.cli.train import LIST, recipe_named, show_recipes
+
+    command, rest = given[:1], given[1:]
+    if command == ["privacy"]:
+        _run_privacy(rest, recipe_named(rest))
+        return
+    recipe = recipe_named(rest) if command in (["train"], ["pretrain"]) else None
+    if recipe == LIST:
+        from mxd.cli.pretrain import show_pretraining_recipes
+
+        (show_recipes if command == ["train"] else show_pretraining_recipes)()
+        return
+    about = "Decompose the MLP layers of language models into sparse layers that can replace them."
+    run_one_of(_commands(command, recipe, rest), "mxd", given, about=about)
+
+
+def _commands(called: list[str], recipe: str | None, arguments: list[str]) -> dict[str, Callable[..., None]]:
+    """Return every command by its name, with a recipe's or a run's values as defaults of the one that is called."""
     from mxd.cli.demo import demo
     from mxd.cli.edit import edit
     from mxd.cli.evaluate import evaluate
     from mxd.cli.explain import explain
     from mxd.cli.explore import explore
     from mxd.cli.frontier import frontier
-    from mxd.cli.numbers import COUNTS
-    from mxd.cli.pretrain import pretrain_from, show_pretraining_recipes
+    from mxd.cli.pretrain import pretrain_from
     from mxd.cli.probe import probe
     from mxd.cli.steer import steer
-    from mxd.cli.train import LIST, recipe_named, show_recipes, train_from
+    from mxd.cli.train import train, train_from
 
-    if given[:1] == ["privacy"]:
-        _run_privacy(given[1:], recipe_named(given[1:]))
-        return
-    recipes = {command: recipe_named(given[1:]) for command in ("train", "pretrain") if given[:1] == [command]}
-    if LIST in recipes.values():
-        (show_recipes if "train" in recipes else show_pretraining_recipes)()
-        return
-    tyro.extras.subcommand_cli_from_dict(
-        {
-            "train": train_from(recipes.get("train")),
-            "evaluate": evaluate,
-            "frontier": frontier,
-            "probe": probe,
-            "steer": steer,
-            "edit": edit,
-            "explore": explore,
-            "explain": explain,
-            "pretrain": pretrain_from(recipes.get("pretrain")),
-            "privacy": _privacy,
-            "demo": demo,
-        },
-        prog="mxd",
-        description="Decompose the MLP layers of language models into sparse layers that can replace them.",
-        args=given or ["--help"],
-        registry=COUNTS,
-    )
+    return {
+        "train": train_from(recipe, arguments) if called == ["train"] else train,
+        "evaluate": evaluate,
+        "frontier": frontier,
+        "probe": probe,
+        "steer": steer,
+        "edit": edit,
+        "explore": explore,
+        "explain": explain,
+        "pretrain": pretrain_from(recipe if called == ["pretrain"] else None),
+        "privacy": _privacy,
+        "demo": demo,
+    }
 
 
 def _run_privacy(given: list[str], recipe: str | None) -> None:
     # Loaded here alone: it needs scikit-learn, which no other command should wait for.
-    from mxd.cli.numbers import COUNTS
     from mxd.cli.privacy import privacy_commands, show_privacy_recipes
+    from mxd.cli.reading import run_one_of
     from mxd.cli.train import LIST
 
     if recipe == LIST:
         show_privacy_recipes()
         return
-    tyro.extras.subcommand_cli_from_dict(
-        privacy_commands(recipe),
-        prog="mxd privacy",
-        description="Make a model's weights uncertain on protected instances, and measure what it is worth.",
-        args=given or ["--help"],
-        registry=COUNTS,
-    )
+    about = "Make a model's weights uncertain on protected instances, and measure what it is worth."
+    run_one_of(privacy_commands(recipe), "mxd privacy", given, about=about)
 
 
 def _privacy() -> None:

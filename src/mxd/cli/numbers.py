@@ -3,13 +3,17 @@
 import re
 from collections.abc import Sequence
 from fractions import Fraction
+from typing import cast
 
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
+from mxd.training.config import LayerChoice
+
+_LONGEST_SPAN = 10**7
 _FACTORS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
 
 COUNTS = ConstructorRegistry()
-"""Reads every whole number of the command line with `parse_count`."""
+"""Reads every whole number of the command line with `parse_count`, and layers with `parse_layers`."""
 
 
 def parse_count(text: str) -> int:
@@ -45,6 +49,34 @@ def _count_rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[int] | None
     )
 
 
+@COUNTS.primitive_rule
+def _layers_rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[LayerChoice] | None:
+    if cast("object", info.type) != LayerChoice:
+        return None
+    return PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="LAYERS",
+        instance_from_str=parse_layers,
+        is_instance=lambda value: value == "all" or isinstance(value, tuple),
+        str_from_instance=lambda value: ["all"] if isinstance(value, str) else [str(layer) for layer in value],
+    )
+
+
+def parse_layers(words: Sequence[str]) -> LayerChoice:
+    """Return the layers that words such as `3` and `0-2` name, in their order, or `all`.
+
+    Raises:
+        ValueError: If a word names none, or there is none.
+
+    Example:
+        >>> parse_layers(["5", "0-2"]), parse_layers(["all"])
+        ((5, 0, 1, 2), 'all')
+    """
+    if list(words) == ["all"]:
+        return "all"
+    return tuple(_spanned(words, "layer", "numbers, spans such as 0-3, or all alone"))
+
+
 def parse_latents(words: Sequence[str]) -> list[int]:
     """Return the latents that words such as `7` and `0-99` name, each once, in their order.
 
@@ -55,15 +87,21 @@ def parse_latents(words: Sequence[str]) -> list[int]:
         >>> parse_latents(["7", "0-2"])
         [7, 0, 1, 2]
     """
+    return list(dict.fromkeys(_spanned(words, "latents", "numbers or spans of them, such as 7 or 0-99")))
+
+
+def _spanned(words: Sequence[str], name: str, expected: str) -> list[int]:
     found: list[int] = []
     for word in words:
         match = re.fullmatch(r"(\d+)(?:-(\d+))?", word)
         if match is None or int(match[2] or match[1]) < int(match[1]):
-            raise ValueError(f"latents must be numbers or spans of them, such as 7 or 0-99; got {word!r}.")
+            raise ValueError(f"{name} must be {expected}; got {word!r}.")
+        if int(match[2] or match[1]) - int(match[1]) >= _LONGEST_SPAN:
+            raise ValueError(f"{name} must be {expected}, of at most {_LONGEST_SPAN:,} numbers; got {word!r}.")
         found += range(int(match[1]), int(match[2] or match[1]) + 1)
     if not found:
-        raise ValueError("latents must name at least one; got none.")
-    return list(dict.fromkeys(found))
+        raise ValueError(f"{name} must name at least one; got none.")
+    return found
 
 
-__all__ = ["COUNTS", "parse_count", "parse_latents"]
+__all__ = ["COUNTS", "parse_count", "parse_latents", "parse_layers"]

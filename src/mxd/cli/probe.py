@@ -21,6 +21,7 @@ def probe(
     tokens: int = TOKENS,
     student: tuple[str, ...] = (),
     device: str | None = None,
+    model: str | None = None,
     json_: Annotated[bool, tyro.conf.arg(name="json")] = False,
 ) -> None:
     """Find which latents tell a class of texts or name a concept of tokens, and how well: docs/experts.md.
@@ -38,6 +39,7 @@ def probe(
         tokens: Tokens of documents with spans, or of Python, to look at, at most.
         student: Ids such as mxd-k32 or 8/mxd-k32; all by default.
         device: Where to run; where the run was trained by default; `auto` takes the first accelerator.
+        model: Where the language model is now (a folder or hub id), if it is not where the run found it.
         json_: Print what probing.json holds.
     """
     # scikit-learn takes a second to load, which no other command should wait for.
@@ -48,7 +50,9 @@ def probe(
 
     console = notes()
     with PartsBar(console) as bar:
-        probing = probe_run(run, data=data, texts=texts, tokens=tokens, students=student, device=device, report=bar)
+        probing = probe_run(
+            run, data=data, texts=texts, tokens=tokens, students=student, device=device, model=model, report=bar
+        )
     written: list[Path] = []
     if not student:
         # First what cannot be made again in a moment.

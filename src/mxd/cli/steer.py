@@ -30,6 +30,7 @@ def steer(
     text: tuple[str, ...] = (),
     tokens: int | None = None,
     device: str | None = None,
+    model: str | None = None,
     out: Path | None = None,
     json_: Annotated[bool, tyro.conf.arg(name="json")] = False,
 ) -> None:
@@ -49,11 +50,11 @@ def steer(
         text: Other held-out text than the run's own, for the units.
         tokens: Tokens of it, at most.
         device: Where to run; where the run was trained by default; `auto` takes the first accelerator.
+        model: Where the language model is now (a folder or hub id), if it is not where the run found it.
         out: Folder of the files; RUN/steering by default.
         json_: Print what steering.json holds.
     """
-    folder = run / "steering" if out is None else out
-    console = notes()
+    folder, console = run / "steering" if out is None else out, notes()
     with counted("Steering", "latents") as advance:
         result = steer_run(
             run,
@@ -66,6 +67,7 @@ def steer(
             text=text,
             tokens=tokens,
             device=device,
+            model=model,
             advance=advance,
         )
     written = write_result(folder, result)
@@ -76,15 +78,15 @@ def steer(
         print_json(result.to_json())
     else:
         Console().print(_table(result))
-    _tell_failures(result, console)
-    console.print(f"Wrote {', '.join(written[:-1])} and {written[-1]} to {folder}.")
+    _tell_end(result, f"Wrote {', '.join(written[:-1])} and {written[-1]} to {folder}.", console)
 
 
-def _tell_failures(result: SteeringResult, console: Console) -> None:
+def _tell_end(result: SteeringResult, wrote: str, console: Console) -> None:
     for one in result.failures:
         console.print(f"{one.judge} has no scores for {named(one.latent)} of {one.student}: {one.failure}.")
     if result.failures:
         console.print(f"{len(result.failures)} texts are not judged; the same command asks for these again.")
+    console.print(wrote)
 
 
 def _table(result: SteeringResult) -> Table:

@@ -4,7 +4,7 @@ import argparse
 import functools
 import hashlib
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, cast
@@ -23,7 +23,8 @@ from mxd.runs.faults import TrainingInterrupted
 from mxd.runs.metrics_log import TensorBoardSink, WandbSink
 from mxd.runs.run import is_finished, is_run, read_configuration, reopen_run, require_command, require_place
 from mxd.training.config import TrainConfig
-from mxd.training.decompose import MAY_DIFFER, decompose, make_plan
+from mxd.training.continuing import MAY_DIFFER, is_as_recorded, recorded_config
+from mxd.training.decompose import decompose, make_plan
 from mxd.training.estimate import (
     EFFICIENCY,
     Workload,
@@ -31,9 +32,9 @@ from mxd.training.estimate import (
     memory,
     operations,
     plan_workload,
-    require_memory,
     shape_workload,
 )
+from mxd.training.fitting import require_memory
 from mxd.training.plan import Plan
 from mxd.training.shapes import ModelShape
 from mxd.training.streams import announcement
@@ -41,6 +42,7 @@ from mxd.training.train import SinkOpener
 
 LIST = "list"
 """What `--recipe` is given to see the recipes."""
+_FINISHED = "{} is finished already; nothing was changed."
 
 
 def train(
@@ -59,7 +61,8 @@ def train(
     Args:
         config: What to train, on what, and how.
         out: Folder of the run; it must not exist, unless resuming.
-        resume: Continue the run in --out; bit for bit what it would have been uninterrupted.
+        resume: Continue the run in --out; bit for bit what it would have been uninterrupted. What is not given is as
+            when the run was begun, and what is given must be, but for the places of model, text and cache.
         dry_run: Check everything and print what would be trained, its memory, time and data; write nothing.
         snapshot_every: Seconds between two snapshots.
         tensorboard: Also log to RUN/tensorboard (pip install 'mxd[tensorboard]').
@@ -69,9 +72,7 @@ def train(
         raise ValueError(f"snapshot-every must be a number of seconds, at least 0; got {snapshot_every}.")
     if not dry_run:
         require_place(out, resume)
-    for package, is_wanted in {"tensorboard": tensorboard, "wandb": wandb is not None}.items():
-        if is_wanted and importlib.util.find_spec(package) is None:
-            raise ValueError(f"--{package} needs the package {package}; run pip install 'mxd[{package}]'.")
+    _require_packages({"tensorboard": tensorboard, "wandb": wandb is not None})
     console = notes()
     if dry_run and (shape := _shape_of_absent_model(config)) is not None:
         _show_from_shape(config, shape, console)
@@ -79,15 +80,18 @@ def train(
     stored = read_configuration(out) if resume and is_run(out) else None
     if stored is not None:
         require_command(stored, "train")
-    if stored is not None and not dry_run and is_finished(out):
+    if stored is not None and not dry_run and is_finished(out) and is_as_recorded(config, stored):
         # Nothing is computed any more, so neither model nor text need be there.
         reopen_run(out, {"config": cast(JSON, asdict(config))}, ignore=MAY_DIFFER)
-        console.print(f"{out} is finished already; nothing was changed.", soft_wrap=True)
+        console.print(_FINISHED.format(out), soft_wrap=True)
         return
     plan = make_plan(config, stored=stored)
     if stored is not None and not dry_run:
         # Checked again when training begins; here, so that a refusal is one sentence and nothing else.
         reopen_run(out, plan.description(), ignore=MAY_DIFFER)
+        if is_finished(out):
+            console.print(_FINISHED.format(out), soft_wrap=True)
+            return
     workload = plan_workload(plan)
     if not dry_run:
         # Before anything is shown, for the same reason.
@@ -101,6 +105,12 @@ def train(
     except (TrainingInterrupted, KeyboardInterrupt) as error:
         raise go_on_with_resume(error) from error
     console.print(f"Wrote {len(plan.students)} layers to {out}/layers. Next: mxd evaluate {out}", soft_wrap=True)
+
+
+def _require_packages(wanted: Mapping[str, bool]) -> None:
+    for package, is_wanted in wanted.items():
+        if is_wanted and importlib.util.find_spec(package) is None:
+            raise ValueError(f"--{package} needs the package {package}; run pip install 'mxd[{package}]'.")
 
 
 def _sinks(plan: Plan, out: Path, tensorboard: bool, wandb: str | None) -> list[SinkOpener]:
@@ -117,12 +127,33 @@ def _sinks(plan: Plan, out: Path, tensorboard: bool, wandb: str | None) -> list[
     return sinks
 
 
-def train_from(recipe: str | None) -> Callable[..., None]:
-    """Return `train`, with the values of a recipe as its defaults if there is one.
+def train_from(recipe: str | None, arguments: Sequence[str] = ()) -> Callable[..., None]:
+    """Return `train`, with the values of a recipe or of the run that is to be continued as its defaults.
+
+    Args:
+        recipe: Name of the recipe, if there is one.
+        arguments: What else is given, of which `--resume` and `--out` name a run.
 
     Raises:
-        ValueError: If there is no recipe of this name.
+        ValueError: If there is no recipe of this name, or the run cannot be continued.
     """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--resume", action="store_true")
+    for option in ("--out", "--model"):
+        parser.add_argument(option)
+    try:
+        given = parser.parse_known_args(arguments)[0]
+    except argparse.ArgumentError:
+        # Whoever reads all arguments says what is wrong.
+        return train
+    if given.resume and given.out is not None and is_run(Path(given.out)):
+        return functools.partial(train, config=recorded_config(read_configuration(Path(given.out))))
+    is_lone = given.out is not None and given.model is None and recipe is None and "--help" not in arguments
+    if given.resume and is_lone:
+        raise ValueError(
+            f"out must be the folder of a run to resume it without other options; {given.out} is none; check the path, "
+            "or give --model and the others to begin it."
+        )
     return train if recipe is None else functools.partial(train, config=find_recipe(recipe).config())
 
 
@@ -144,7 +175,7 @@ def show_recipes() -> None:
         table.add_column(heading, no_wrap=True)
     for name, recipe in RECIPES.items():
         config = recipe.config()
-        table.add_row(name, config.model, " ".join(map(str, config.layer)), f"{config.tokens:,}")
+        table.add_row(name, config.model, " ".join(map(str, config.layers)), f"{config.tokens:,}")
     console = Console(markup=False, highlight=False)
     console.print(table)
     console.print("Every option given beside --recipe replaces the recipe's value; add --help to see them all.")
@@ -167,24 +198,34 @@ def _shape_of_absent_model(config: TrainConfig) -> ModelShape | None:
 def _show_from_shape(config: TrainConfig, shape: ModelShape, console: Console) -> None:
     workload = shape_workload(config, shape)
     _show_students(f"{config.model} on {', '.join(config.text)}", workload, console)
-    steps = -(-config.tokens // config.batch_tokens)
     console.print(
-        f"{steps:,} steps, {config.tokens:,} tokens. {config.model} is not on this disk: its sizes are those that the "
+        f"{_steps(config)}. {config.model} is not on this disk: its sizes are those that the "
         f"recipe {config.recipe} knows, and neither model nor text was read."
     )
     _show_estimates(workload, console)
     require_memory(workload)
 
 
+def _steps(config: TrainConfig) -> str:
+    """Return how many steps and tokens were asked for, and how many tokens are trained on where these are more."""
+    trained = config.steps * config.batch_tokens
+    more = "" if trained == config.tokens else f", which whole steps of {config.batch_tokens:,} make {trained:,}"
+    return f"{config.steps:,} steps, {config.tokens:,} tokens{more}"
+
+
 def _show(plan: Plan, workload: Workload, console: Console) -> None:
     _show_students(f"{plan.language_model.id} on {plan.text.name}", workload, console)
-    if plan.text.is_local and next(plan.text.documents(held_out=True), None) is None:
-        console.print(
-            f"{plan.text.name} has so few documents that none is held out: mxd evaluate will need other text (--text)."
+    if (counts := plan.text.counts) is not None:
+        documents = f"{counts.documents:,} document{'s' if counts.documents != 1 else ''}"
+        needed = (
+            ""
+            if counts.held_out
+            else ": so few documents that none is held out; mxd evaluate will need other text (--text)"
         )
+        console.print(f"{plan.text.name}: {documents}, {counts.held_out:,} held out{needed}.")
     epochs = plan.tokens.epochs_for(plan.config.tokens)
     passes = "streamed" if epochs is None else f"{epochs:.2f} epochs of the text"
-    console.print(f"{plan.steps:,} steps, {plan.config.tokens:,} tokens ({passes}).")
+    console.print(f"{_steps(plan.config)} ({passes}).")
     _show_estimates(workload, console)
     if plan.cache is not None:
         console.print(f"{announcement(plan.cache)}.")

@@ -1,14 +1,18 @@
 """Documents, and the local files they are read from: every row is checked as it is read."""
 
+import gzip
 import json
 import re
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from hashlib import blake2b
 from pathlib import Path
 from typing import NamedTuple, cast
 
-LOCAL_SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
-"""Endings of the files that can be read."""
+_COMPRESSIONS = (".gz", ".zst")
+_WRITTEN = (".txt", ".jsonl", ".json")
+ENDINGS = f"{', '.join(_WRITTEN)}, .parquet, or one of the first three followed by .gz or .zst"
+"""Endings of the files that can be read, in words."""
 
 SEPARATOR = "<|endoftext|>"
 """Stands between the documents of a .txt, where it occurs at all."""
@@ -40,10 +44,10 @@ def text_document(text: str, row: int, identity: str | None = None) -> Document:
 
 
 def row_document(fields: Mapping[str, object], text_field: str, where: str, row: int) -> Document | None:
-    """Return the document that a row of a table holds, or None where its text is missing or blank.
+    """Return the document that a row of a table holds, or None where its text is null or blank.
 
     Args:
-        fields: The row; `input_ids`, where there are any, are taken before the text.
+        fields: The row; `input_ids`, where there are any and they are not null, are taken before the text.
         text_field: Name of the field that holds the text.
         where: The row's place, for messages.
         row: Number of the row in the source.
@@ -54,7 +58,8 @@ def row_document(fields: Mapping[str, object], text_field: str, where: str, row:
     if fields.get("input_ids") is not None:
         return _ids_document(fields["input_ids"], where, row)
     check_fields(fields, text_field, where)
-    text = fields[text_field]
+    # It may have null token ids and no text at all.
+    text = fields.get(text_field)
     if text is None:
         return None
     if not isinstance(text, str):
@@ -104,11 +109,12 @@ def read_documents(path: Path, text_field: str) -> Iterator[Document]:
     """Yield the documents of one local file, numbered within the file.
 
     Raises:
-        ValueError: If the ending is not one of `LOCAL_SUFFIXES`, or the content is not what it promises.
+        ValueError: If the ending is not one of `ENDINGS`, or the content is not what it promises.
     """
-    match path.suffix.lower():
+    match kind_of(path):
         case ".txt":
-            for row, text in enumerate(split_text(read_utf8(path))):
+            # A line ends in one way, so that a document is the same whichever system it was written on.
+            for row, text in enumerate(split_text(read_utf8(path).replace("\r\n", "\n"))):
                 yield text_document(text, row)
         case ".jsonl":
             yield from _read_jsonl(path, text_field)
@@ -117,9 +123,16 @@ def read_documents(path: Path, text_field: str) -> Iterator[Document]:
         case ".parquet":
             yield from _read_parquet(path, text_field)
         case _:
-            raise ValueError(
-                f"Local text must end in {', '.join(LOCAL_SUFFIXES)}; got {path}. Convert the file to one of these."
-            )
+            raise ValueError(f"Local text must end in {ENDINGS}; got {path}. Convert the file to one of these.")
+
+
+def kind_of(path: Path) -> str | None:
+    """Return the ending that says how a file is read, whether packed or not; None where it is none of `ENDINGS`."""
+    ending = path.suffix.lower()
+    if ending not in _COMPRESSIONS:
+        return ending if ending in (*_WRITTEN, ".parquet") else None
+    inner = path.with_suffix("").suffix.lower()
+    return inner if inner in _WRITTEN else None
 
 
 def split_text(text: str) -> list[str]:
@@ -134,18 +147,37 @@ def split_text(text: str) -> list[str]:
 
 
 def read_utf8(path: Path) -> str:
-    """Return the text of a file, without a byte order mark.
+    """Return the text of a file, unpacked where its name ends in .gz or .zst, without a byte order mark.
 
     Raises:
-        ValueError: If it is not UTF-8.
+        ValueError: If it is not UTF-8, or cannot be unpacked.
     """
-    content = path.read_bytes()
+    content = _unpacked(path)
     try:
         return content.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise ValueError(
             f"Text must be UTF-8; {path} has byte 0x{content[error.start]:02x} at offset {error.start}. "
             "Convert the file to UTF-8."
+        ) from error
+
+
+def _unpacked(path: Path) -> bytes:
+    packed = path.read_bytes()
+    if path.suffix.lower() not in _COMPRESSIONS:
+        return packed
+    import pyarrow
+
+    try:
+        if path.suffix.lower() == ".gz":
+            return gzip.decompress(packed)
+        with pyarrow.input_stream(pyarrow.py_buffer(packed), compression="zstd") as stream:
+            return stream.read()
+    # A pyarrow that was built without zstd raises an exception of its own.
+    except (OSError, EOFError, zlib.error, pyarrow.ArrowException) as error:
+        raise ValueError(
+            f"A file that ends in {path.suffix} must be packed so; {path} cannot be unpacked ({error}). "
+            "Download or pack it again."
         ) from error
 
 

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from mxd.data.documents import (
-    LOCAL_SUFFIXES,
+    ENDINGS,
     Document,
     check_fields,
+    kind_of,
     read_documents,
     row_document,
     text_document,
@@ -40,6 +41,15 @@ class TextIdentity(NamedTuple):
     """Split of the hub dataset; None for local text."""
 
 
+class Counts(NamedTuple):
+    """How many documents a text has."""
+
+    documents: int
+    """All of them."""
+    held_out: int
+    """Those that no training sees."""
+
+
 class TextSource(ABC):
     """Documents in a fixed order, each either for training or held out."""
 
@@ -47,6 +57,8 @@ class TextSource(ABC):
     """Whether the whole text was read and checked when it was opened."""
     identity: TextIdentity
     """What was read."""
+    counts: Counts | None
+    """How many documents there are; None where nobody knows before all is read, as of a hub dataset."""
 
     @abstractmethod
     def documents(self, held_out: bool, skip: int = 0) -> Iterator[Document]:
@@ -88,6 +100,7 @@ class LocalText(TextSource):
         extra = frozenset(held_out_identities)
         self._held_out = [d.identity in extra or is_held_out(d.identity) for d in self._documents]
         self.identity = TextIdentity(names, self._digest(), None, None)
+        self.counts = Counts(len(self._documents), sum(self._held_out))
 
     def documents(self, held_out: bool, skip: int = 0) -> Iterator[Document]:
         """Yield the held-out documents, or the training documents, in order; see `TextSource.documents`."""
@@ -130,6 +143,7 @@ class HubText(TextSource):
         revision: str | None = None,
     ) -> None:
         self.is_local = False
+        self.counts = None
         commit = revision if Path(dataset).is_dir() else _resolve_commit(dataset, revision)
         rows = _stream(dataset, config, split, commit)
         name = dataset if config is None else f"{dataset}:{config}"
@@ -203,8 +217,8 @@ def local_files(name: str) -> list[Path]:
     if path.is_file():
         return [path]
     if path.is_dir():
-        files = [file for file in path.rglob("*") if file.is_file() and file.suffix.lower() in LOCAL_SUFFIXES]
-        problem = f"The folder {name} holds no file that ends in {', '.join(LOCAL_SUFFIXES)}"
+        files = [file for file in path.rglob("*") if file.is_file() and kind_of(file) is not None]
+        problem = f"The folder {name} holds no file that ends in {ENDINGS}"
     elif glob.has_magic(name):
         files = [Path(file) for file in glob.glob(str(path), recursive=True) if Path(file).is_file()]
         problem = f"No file matches the pattern {name}"
@@ -217,7 +231,7 @@ def local_files(name: str) -> list[Path]:
 
 
 def _is_hub_id(name: str) -> bool:
-    if name == STDLIB or Path(name).expanduser().exists() or name.lower().endswith(LOCAL_SUFFIXES):
+    if name == STDLIB or Path(name).expanduser().exists() or kind_of(Path(name)) is not None:
         return False
     return re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?(:[\w.-]+)?", name) is not None
 

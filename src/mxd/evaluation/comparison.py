@@ -12,7 +12,7 @@ from mxd.evaluation.evaluate import evaluate_run, report_notes, write_evaluation
 from mxd.evaluation.frontier import draw_frontier
 from mxd.evaluation.frontier_table import markdown_points, markdown_students
 from mxd.evaluation.grid import HOW_INTERVALS_WERE_MADE, METRIC_NAMES, FrontierPoint, frontier_points
-from mxd.evaluation.opening import foresee_identity, read_finished_run
+from mxd.evaluation.opening import Foreseen, foresee_identity, read_finished_run
 from mxd.evaluation.record import EVALUATION_FILE, EvaluationIdentity, StoredEvaluation, read_record, write_record
 from mxd.evaluation.report import write_report
 from mxd.evaluation.rows import EvaluationRow
@@ -85,16 +85,18 @@ class _Asked:
     text: Sequence[str]
     tokens: int | None
     together: bool
+    model: str | None
 
-    def wanted(self, run: Path, description: Mapping[str, Any]) -> EvaluationIdentity | None:
+    def wanted(self, run: Path, description: Mapping[str, Any]) -> Foreseen | None:
         """Return what a run's evaluation must have been made on; None where any on the run's own text will do."""
         if not self.text and self.tokens is None:
             return None
-        return foresee_identity(run, description, self.text, self.tokens)
+        return foresee_identity(run, description, self.text, self.tokens, self.model)
 
-    def file(self, run: Path, wanted: EvaluationIdentity | None) -> Path:
-        """Return where a run's evaluation is kept; one on other text stands beside that on the run's own."""
-        return run / (f"evaluation-{wanted.text[:12]}.json" if self.text and wanted else EVALUATION_FILE)
+
+def _file(run: Path, identity: EvaluationIdentity | None, *, on_own_text: bool) -> Path:
+    """Return where a run's evaluation is kept; one on other text stands beside that on the run's own."""
+    return run / (EVALUATION_FILE if on_own_text or identity is None else f"evaluation-{identity.text[:12]}.json")
 
 
 def compare_runs(
@@ -104,6 +106,7 @@ def compare_runs(
     tokens: int | None = None,
     together: bool = False,
     device: str | None = None,
+    model: str | None = None,
     command: str = "",
     say: Callable[[str], None] = lambda message: None,
 ) -> Frontier:
@@ -111,10 +114,11 @@ def compare_runs(
 
     Args:
         runs: Their folders.
-        text: Other text than each run's own.
+        text: Other text than each run's own, or where that is now.
         tokens: Tokens at most; where None, an evaluation on the run's own text is taken whatever its number.
         together: Whether there must be rows for all layers replaced at once.
         device: Where to evaluate; each run's own where None.
+        model: Where the model of all is now; where each run found it if None.
         command: The reports' last line.
         say: Told what is done meanwhile.
 
@@ -124,7 +128,7 @@ def compare_runs(
     """
     if len({run.resolve() for run in runs}) < len(runs):
         raise ValueError("Each run must be named only once; name every run once.")
-    asked = _Asked(text=text, tokens=tokens, together=together)
+    asked = _Asked(text=text, tokens=tokens, together=together, model=model)
     descriptions = [read_finished_run(run) for run in runs]
     places = [student_places(run, description["students"]) for run, description in zip(runs, descriptions, strict=True)]
     for run, students in zip(runs, places, strict=True):
@@ -139,7 +143,7 @@ def compare_runs(
         identities = [
             _without_edits(there.identity)
             if isinstance(there, StoredEvaluation)
-            else ahead or foresee_identity(run, description, (), None)
+            else (ahead or foresee_identity(run, description, (), None, model)).identity
             for run, there, ahead, description in zip(runs, found, wanted, descriptions, strict=True)
         ]
         _require_alike(runs, identities)
@@ -158,10 +162,12 @@ def compare_runs(
 
 
 def _evaluated(asked: _Asked, run: Path, device: str | None, command: str) -> StoredEvaluation:
-    evaluation = evaluate_run(run, text=asked.text, tokens=asked.tokens, together=asked.together, device=device)
+    evaluation = evaluate_run(
+        run, text=asked.text, tokens=asked.tokens, together=asked.together, device=device, model=asked.model
+    )
     record = evaluation.record
-    if asked.text:
-        write_record(asked.file(run, record.identity), record)
+    if not evaluation.on_own_text:
+        write_record(_file(run, record.identity, on_own_text=False), record)
     else:
         write_evaluation(run, evaluation, title=f"Sparse layers of {record.facts['model']}", footer=command)
     return record
@@ -172,10 +178,11 @@ def _reusable(
     run: Path,
     description: Mapping[str, Any],
     students: Sequence[tuple[int, str]],
-    wanted: EvaluationIdentity | None,
+    wanted: Foreseen | None,
 ) -> StoredEvaluation | str:
     """Return a run's evaluation, or why there is none that can be used."""
-    file = asked.file(run, wanted)
+    on_own_text = wanted is None or wanted.on_own_text
+    file = _file(run, None if wanted is None else wanted.identity, on_own_text=on_own_text)
     if not file.is_file():
         return "it is not evaluated yet"
     try:
@@ -188,7 +195,7 @@ def _reusable(
         return f"its {file.name} is not of the model, context and special positions of its run.json"
     if identity.edits != edits_digest(run):
         return f"its {file.name} is of other edits of its layers than those in force (mxd edit)"
-    if wanted is not None and _without_edits(identity) != wanted:
+    if wanted is not None and _without_edits(identity) != wanted.identity:
         return f"its {file.name} is of other text or another number of tokens"
     if {(row.layer, row.id) for row in stored.rows if row.layer is not None and row.as_trained} != set(students):
         return f"its {file.name} does not have all of its students"

@@ -50,6 +50,8 @@ class Evaluation:
     """How often each student's latents fire, by `<layer>/<id>`."""
     identity: EvaluationIdentity
     """What it was measured on."""
+    on_own_text: bool
+    """Whether that is held-out documents of the text that the run was trained on."""
 
     @property
     def record(self) -> StoredEvaluation:
@@ -66,21 +68,25 @@ def evaluate_run(
     ks: Collection[int] = (),
     together: bool = False,
     device: str | None = None,
+    model: str | None = None,
 ) -> Evaluation:
     """Measure a run's students on held-out text.
 
     Args:
         run: Folder of a finished run.
-        text: Other text than the run's own; its held-out documents are used.
+        text: Other text than the run's own, or where that is now; its held-out documents are used.
         tokens: Number of tokens at most; the run's own `eval_tokens` where None.
         students: Ids, or `<layer>/<id>`; all where empty.
         ks: Numbers of active latents to measure each student at beside its own.
         together: Whether to measure the model with all layers replaced at once too, by each student that all layers
             have.
         device: Where to run; the run's own where None.
+        model: Where the model is now; where the run found it if None.
 
     Raises:
-        ValueError: If the run is not finished, has no such student, or has none that all layers have for `together`.
+        FileNotFoundError: If the model or a file of the text is missing.
+        ValueError: If the run is not finished, has no such student, or has none that all layers have for `together`,
+            or the model is another one.
     """
     description = read_finished_run(run)
     # Before the layers are read: what is edited meanwhile is then found to be of other edits.
@@ -88,7 +94,7 @@ def evaluate_run(
     chosen = load_students(run, description["students"], students, ks)
     places = [(student.candidate.layer, student.id) for student in chosen if student.as_trained]
     at_once = settings_together(run, places) if together else {}
-    opened = open_run(run, description, text, tokens, device)
+    opened = open_run(run, description, text, tokens, device, model)
     for student in chosen:
         student.candidate.network.to(opened.language_model.device)
     return _evaluate(replace(opened, identity=replace(opened.identity, edits=edits)), chosen, at_once)
@@ -164,6 +170,7 @@ def _evaluate(
         facts=_facts(opened, students),
         use={s.candidate.name: use_histogram(latents[s.candidate.name]) for s in students if s.as_trained},
         identity=opened.identity,
+        on_own_text=opened.on_own_text,
     )
 
 

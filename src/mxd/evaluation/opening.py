@@ -1,20 +1,28 @@
-"""A finished run, opened for evaluation: its model and the held-out text."""
+"""A finished run, opened for evaluation: its model and the held-out text, wherever they lie now."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 
 from mxd.atomic import JSON
-from mxd.bundled import held_out_modules
-from mxd.data.text import TextSource, open_text
+from mxd.bundled import MODEL_NAME, held_out_modules
+from mxd.data.text import STDLIB, TextSource, open_text
 from mxd.data.tokenization import Tokenizer
 from mxd.data.tokens import HeldOut, held_out_contexts, special_tokens
 from mxd.evaluation.faithfulness import EvaluationText
 from mxd.evaluation.record import EvaluationIdentity, identify
-from mxd.models import LanguageModel, fingerprint, load_language_model, load_tokenizer, vocabulary_size
+from mxd.models import (
+    LanguageModel,
+    fingerprint,
+    load_language_model,
+    load_tokenizer,
+    resolve_device,
+    vocabulary_size,
+)
+from mxd.runs.places import finding_model, finding_text, recorded_place
 from mxd.runs.run import is_finished, read_configuration
 
 _DESCRIBED = {
@@ -41,6 +49,8 @@ class OpenedRun:
     """The text as measurements take it."""
     text_name: str
     """The text's name, for people."""
+    on_own_text: bool
+    """Whether it is the text that the run was trained on, of which held-out documents are read."""
     identity: EvaluationIdentity
     """The model and the text; of edits nothing, because no layer is read."""
 
@@ -58,53 +68,66 @@ def read_finished_run(run: Path) -> dict[str, Any]:
     return cast("dict[str, Any]", description)
 
 
-def load_run_model(run: Path, description: Mapping[str, Any], device: str | None = None) -> LanguageModel:
-    """Load the language model that a run was trained on.
+def load_run_model(
+    run: Path, description: Mapping[str, Any], device: str | None = None, model: str | None = None
+) -> LanguageModel:
+    """Load the language model that a run was trained on, called what the run calls it.
 
     Args:
         run: The run's folder, for messages.
         description: Its run.json.
         device: Where to run; the run's own where None.
+        model: Where the model is now (a folder or an id on the hub); where the run found it if None.
 
     Raises:
+        FileNotFoundError: If there is no model where the run found it.
         ValueError: If the model's weights or settings are others than those that the run was trained on.
     """
-    config = description["config"]
-    dtype = "auto" if config["model_dtype"] == "auto" else getattr(torch, config["model_dtype"])
-    language_model = load_language_model(
-        config["model"],
-        revision=description["model"]["revision"],
-        dtype=dtype,
-        device=device or str(description["resources"]["device"]),
-    )
+    config, place = description["config"], _model_place(description, model)
+    # First, since it may be what is wrong with a model that is there.
+    where = resolve_device(device or str(description["resources"]["device"]))
+    with finding_model(str(run), place.name, is_given=model is not None):
+        language_model = load_language_model(
+            place.name,
+            revision=place.revision,
+            dtype="auto" if config["model_dtype"] == "auto" else getattr(torch, config["model_dtype"]),
+            device=where,
+        )
     if description["model"]["fingerprint"] != fingerprint(language_model.module):
         raise ValueError(
-            f"{run} must be evaluated with the model that it was trained on; {language_model.id} has other weights or "
-            "another config.json now, or an older version of mxd wrote the run. Restore that model, or train anew."
+            f"{run} must be evaluated with the model that it was trained on; {place.name} has other weights or "
+            "another config.json now, or an older version of mxd wrote the run. Restore that model, name where it is "
+            "with --model, or train anew."
         )
-    return language_model
+    return language_model._replace(id=config["model"])
 
 
 def open_run(
-    run: Path, description: Mapping[str, Any], text: Sequence[str], tokens: int | None, device: str | None
+    run: Path,
+    description: Mapping[str, Any],
+    text: Sequence[str],
+    tokens: int | None,
+    device: str | None,
+    model: str | None = None,
 ) -> OpenedRun:
     """Load a run's model and the text to evaluate it on.
 
     Args:
         run: The run's folder, for messages.
         description: Its run.json.
-        text: Other text than the run's own.
+        text: Other text than the run's own, or where that is now.
         tokens: Tokens at most; the run's own `eval_tokens` where None.
         device: Where to run; the run's own where None.
+        model: Where the model is now; where the run found it if None.
 
     Raises:
+        FileNotFoundError: If the model or a file of the text is missing.
         ValueError: If the model is not the one that the run was trained on, or the text cannot be used.
     """
     config = description["config"]
     source = open_run_text(run, description, text)
-    language_model = load_run_model(run, description, device)
-    model = language_model.module
-    held_out = _held_out(source, config, language_model.tokenizer, vocabulary_size(model), tokens)
+    language_model = load_run_model(run, description, device, model)
+    held_out = _held_out(source, config, language_model.tokenizer, vocabulary_size(language_model.module), tokens)
     return OpenedRun(
         language_model=language_model,
         held_out=held_out,
@@ -116,6 +139,7 @@ def open_run(
             module_path=config["module"],
         ),
         text_name=source.name,
+        on_own_text=is_own_text(description, source),
         identity=_identity(description, held_out),
     )
 
@@ -126,7 +150,7 @@ def open_run_text(run: Path, description: Mapping[str, Any], text: Sequence[str]
     Args:
         run: The run's folder, for messages.
         description: Its run.json.
-        text: Other text than the run's own.
+        text: Other text than the run's own, or where that is now.
 
     Raises:
         FileNotFoundError: If a file is missing.
@@ -134,31 +158,64 @@ def open_run_text(run: Path, description: Mapping[str, Any], text: Sequence[str]
             that one which was changed by a word may be held out now and have been trained on.
     """
     config, trained_on = description["config"], description["text"]
-    source = open_text(
-        list(text) or config["text"],
-        text_field=config["text_field"],
-        split=config["split"],
-        revision=None if text else trained_on["revision"],
-        held_out_modules=held_out_modules(),
-    )
-    found = source.identity
-    if not text and any(getattr(found, field) != trained_on[field] for field in _DESCRIBED["text"]):
+    own = [recorded_place(name, description, alias=STDLIB) for name in config["text"]]
+    with finding_text(str(run), is_given=bool(text)):
+        source = open_text(
+            list(text) or own,
+            text_field=config["text_field"],
+            split=config["split"],
+            revision=None if text else trained_on["revision"],
+            held_out_modules=held_out_modules(),
+        )
+    if not text and not is_own_text(description, source):
         raise ValueError(
             f"The text of {run} must be what the run was trained on; {source.name} has changed since, so that what is "
             "held out of it now may have been trained on. Restore it (for stdlib, the version of Python), or name "
-            "other text with --text."
+            "with --text where it is now, or other text."
         )
     return source
 
 
+def is_own_text(description: Mapping[str, Any], source: TextSource) -> bool:
+    """Whether a text is the one that a run was trained on: local text by its content, a hub dataset by its commit."""
+    found, trained_on = source.identity, description["text"]
+    # An id on the hub says which dataset a commit is of; files may be called anything.
+    is_called_so = found.digest is not None or list(found.names) == list(trained_on.get("names", found.names))
+    return is_called_so and all(getattr(found, field) == trained_on[field] for field in _DESCRIBED["text"])
+
+
+class Foreseen(NamedTuple):
+    """What a run would be evaluated on."""
+
+    identity: EvaluationIdentity
+    """The model and the text."""
+    on_own_text: bool
+    """Whether it is the text that the run was trained on."""
+
+
 def foresee_identity(
-    run: Path, description: Mapping[str, Any], text: Sequence[str], tokens: int | None
-) -> EvaluationIdentity:
+    run: Path, description: Mapping[str, Any], text: Sequence[str], tokens: int | None, model: str | None = None
+) -> Foreseen:
     """Return what `open_run` would evaluate on, without loading the model: its tokenizer is enough."""
-    tokenizer = load_tokenizer(description["config"]["model"], revision=description["model"]["revision"])
+    source, place = open_run_text(run, description, text), _model_place(description, model)
+    with finding_model(str(run), place.name, is_given=model is not None):
+        tokenizer = load_tokenizer(place.name, revision=place.revision)
     # Whether ids fit the model is found out when it is there.
-    held_out = _held_out(open_run_text(run, description, text), description["config"], tokenizer, 2**31, tokens)
-    return _identity(description, held_out)
+    held_out = _held_out(source, description["config"], tokenizer, 2**31, tokens)
+    return Foreseen(_identity(description, held_out), is_own_text(description, source))
+
+
+class _ModelPlace(NamedTuple):
+    name: str
+    revision: str | None
+
+
+def _model_place(description: Mapping[str, Any], given: str | None) -> _ModelPlace:
+    """Return where a run's model is to be loaded from, and at which commit; what is given now is no other commit's."""
+    recorded, revision = description["config"]["model"], description["model"]["revision"]
+    if given is not None:
+        return _ModelPlace(given, revision if given == recorded else None)
+    return _ModelPlace(recorded_place(recorded, description, alias=MODEL_NAME), revision)
 
 
 def _identity(description: Mapping[str, Any], held_out: HeldOut) -> EvaluationIdentity:

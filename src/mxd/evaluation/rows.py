@@ -13,7 +13,7 @@ from mxd.settings import StudentSettings
 TOGETHER = "together"
 """Begins the id of a row for students of several layers in place at once; what belongs to one layer is null there."""
 
-METRICS_VERSION = 1
+METRICS_VERSION = 2
 """Raised whenever a number of a row comes to mean something else, so that no old one stands beside a new one."""
 
 
@@ -91,7 +91,8 @@ class EvaluationRow:
     ce_mean: float | None
     """Cross-entropy of the model with the MLP's output set to its mean over the text; null for `together`."""
     loss_recovered: float
-    """(`ce_zero` − `ce`) / (`ce_zero` − `ce_base`)."""
+    """(`ce_zero` − `ce`) / (`ce_zero` − `ce_base`); null where `ce_zero` is above `ce_base` by no more than chance: not
+    at all, or with 0 in the 95 % interval of the difference over evaluation documents."""
     loss_recovered_interval: Interval | None
     """The same for `loss_recovered`."""
     bits_per_byte_base: float | None

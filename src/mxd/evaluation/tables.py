@@ -102,7 +102,8 @@ COLUMNS = (
         "loss_recovered",
         "Loss recovered",
         "Recov.",
-        "Share of the loss from deleting the MLP that the layer wins back; higher is better",
+        "Share of the loss from deleting the MLP that the layer wins back, where deleting it costs more than chance "
+        "would; higher is better",
         _finer_percent,
         "higher",
     ),

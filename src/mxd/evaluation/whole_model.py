@@ -74,7 +74,8 @@ class WholeModel:
         """
         base, here, ablated = (self.losses[variant].ce for variant in ("", name, zero))
         bits = None if self.bytes_per_token is None else 1 / (math.log(2) * self.bytes_per_token)
-        drawn = self.resampled
+        drawn, does_damage = self.resampled, self._does_damage(zero)
+        ratios = drawn.recovered(name, zero) if drawn is not None and does_damage else None
         return {
             "model": self.id,
             "tokens_evaluated": self.text.contexts.numel(),
@@ -85,14 +86,21 @@ class WholeModel:
             "ce_increase": here - base,
             "ce_increase_interval": None if drawn is None else percentile_interval(drawn.ce[name] - drawn.ce[""]),
             "ce_zero": ablated,
-            "loss_recovered": loss_recovered(here, base, ablated),
-            "loss_recovered_interval": None if drawn is None else percentile_interval(drawn.recovered(name, zero)),
+            "loss_recovered": loss_recovered(here, base, ablated) if does_damage else math.nan,
+            "loss_recovered_interval": None if ratios is None else percentile_interval(ratios),
             "kl": self.losses[name].kl,
             "kl_interval": None if drawn is None else percentile_interval(drawn.kl[name]),
             "ngram_agreement": self.agreements[name],
             "bits_per_byte_base": None if bits is None else base * bits,
             "bits_per_byte": None if bits is None else here * bits,
         }
+
+    def _does_damage(self, zero: str) -> bool:
+        """Whether an ablation raises the loss by more than chance would: what it costs is what can be recovered."""
+        drawn = self.resampled
+        interval = None if drawn is None else percentile_interval(drawn.ce[zero] - drawn.ce[""])
+        is_certain = drawn is None or (interval is not None and interval[0] > 0)
+        return self.losses[zero].ce > self.losses[""].ce and is_certain
 
 
 class _Resampled:

@@ -25,7 +25,7 @@ from mxd.evaluation.collect import LatentStatistics
 from mxd.evaluation.curves import read_curves
 from mxd.evaluation.grid import frontier_points
 from mxd.evaluation.interactive import frontier_data
-from mxd.evaluation.opening import load_run_model, open_run_text, read_finished_run
+from mxd.evaluation.opening import is_own_text, load_run_model, open_run_text, read_finished_run
 from mxd.evaluation.record import EVALUATION_FILE, read_record
 from mxd.evaluation.students import TrainedStudent, load_students
 from mxd.explorer.code_store import BYTES_AN_ENTRY, CodeStore
@@ -61,13 +61,16 @@ class CollectConfig:
     """What is collected."""
 
     text: tuple[str, ...] = ()
-    """Text to read, the documents that training read too; the run's own held-out documents where empty."""
+    """Text to read, the documents that training read too; the run's own held-out documents where it is empty, or the
+    text that the run was trained on, wherever that is now."""
     tokens: int | None = None
     """Tokens at most; as many as `mxd evaluate` reads where None."""
     student: tuple[str, ...] = ()
     """Ids such as mxd-k32 or 8/mxd-k32; all where empty."""
     device: str | None = None
     """Where to run; where the run was trained if None."""
+    model: str | None = None
+    """Where the language model is now (a folder or hub id), if it is not where the run found it."""
 
 
 def collect(run: Path, database: Path, config: CollectConfig, console: Console | None = None) -> None:
@@ -93,7 +96,7 @@ def collect(run: Path, database: Path, config: CollectConfig, console: Console |
     students = load_students(run, description["students"], config.student)
     began = time.monotonic()
     with new_database(database, identity) as connection:
-        language_model = load_run_model(run, description, config.device)
+        language_model = load_run_model(run, description, config.device, config.model)
         held_out, name = _text(run, description, language_model, config)
         with _scratch(database) as folder:
             collection = _Collection(language_model, description, students, held_out, folder)
@@ -238,7 +241,7 @@ def _text(
     num_tokens = settings["eval_tokens"] if config.tokens is None else config.tokens
     sizes: dict[str, int] = {"context": settings["context"], "num_tokens": num_tokens}
     sizes["vocab_size"] = vocabulary_size(language_model.module)
-    if not config.text:
+    if is_own_text(description, source):
         return held_out_contexts(source, language_model.tokenizer, **sizes), f"{source.name}, held-out documents"
     documents = itertools.chain(source.documents(held_out=True), source.documents(held_out=False))
     return packed_contexts(documents, source.name, language_model.tokenizer, **sizes), f"{source.name}, all documents"

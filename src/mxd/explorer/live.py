@@ -143,10 +143,11 @@ class LiveModel:
         run: The run's folder.
         students: Which of its students to load, as `<layer>/<id>`.
         device: Where to run; where the run was trained if None.
+        model: Where the language model is now; where the run found it if None.
     """
 
-    def __init__(self, run: Path, students: Sequence[str], device: str | None = None) -> None:
-        self._run, self._students, self._device = run, tuple(students), device
+    def __init__(self, run: Path, students: Sequence[str], device: str | None = None, model: str | None = None) -> None:
+        self._run, self._students, self._device, self._model = run, tuple(students), device, model
         self._edits = edits_digest(run)
         self._loaded: _Loaded | None = None
         self._lock = threading.Lock()
@@ -254,7 +255,7 @@ class LiveModel:
                     "server and start it with --recollect."
                 )
             description = read_finished_run(self._run)
-            language_model = load_run_model(self._run, description, self._device)
+            language_model = load_run_model(self._run, description, self._device, self._model)
             device = language_model.device
             students = load_students(self._run, description["students"], self._students)
             for student in students:

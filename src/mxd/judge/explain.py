@@ -58,6 +58,7 @@ def gather_latents(
     text: Sequence[str] = (),
     tokens: int | None = None,
     device: str | None = None,
+    model: str | None = None,
 ) -> Latents:
     """Find examples of a run's latents in held-out text.
 
@@ -69,12 +70,13 @@ def gather_latents(
         text: Other held-out text than the run's own.
         tokens: Tokens of it at most.
         device: Where to run; the run's own where None.
+        model: Where the model is now; where the run found it if None.
 
     Raises:
         ValueError: If the run is not finished, has no such student, or a student no such latent.
     """
-    opened, chosen = _open(run, students, text, tokens, device)
-    model, contexts = opened.language_model.module, opened.text.contexts
+    opened, chosen = _open(run, students, text, tokens, device, model)
+    module, contexts = opened.language_model.module, opened.text.contexts
     found: list[LatentToExplain] = []
     skipped: list[tuple[str, int]] = []
     for student in chosen:
@@ -82,9 +84,9 @@ def gather_latents(
         beyond = [latent for latent in latents if not 0 <= latent < size]
         if beyond:
             raise ValueError(f"latents must lie in [0, {size - 1}], those of {student.name}; got {beyond[0]}.")
-        statistics = reconstructions(model, [student], opened.text)[student.name].latents
+        statistics = reconstructions(module, [student], opened.text)[student.name].latents
         wanted = list(latents) or choose_experts(statistics, count)
-        firings = collect_firings(model, student.layer, student.network, opened.text, wanted)
+        firings = collect_firings(module, student.layer, student.network, opened.text, wanted)
         for latent in wanted:
             examples = choose_examples(firings.of(latent), contexts, seed=latent)
             if examples is None:
@@ -148,6 +150,7 @@ def export_run(
     text: Sequence[str] = (),
     tokens: int | None = None,
     device: str | None = None,
+    model: str | None = None,
 ) -> list[Path]:
     """Write where the latents of students fire in delphi's cache format, each student into a cache of its own.
 
@@ -159,17 +162,17 @@ def export_run(
     Raises:
         ValueError: If the run is not finished, or has no such student.
     """
-    opened, chosen = _open(run, students, text, tokens, device)
-    model = opened.language_model.module
+    opened, chosen = _open(run, students, text, tokens, device, model)
+    module = opened.language_model.module
     written: list[Path] = []
     for student in chosen:
-        firings: Firings = collect_firings(model, student.layer, student.network, opened.text)
+        firings: Firings = collect_firings(module, student.layer, student.network, opened.text)
         written += export_latents(
             firings,
             opened.text.contexts,
             student.network.config.num_latents,
             folder / student.name.replace("/", "-"),
-            hookpoint=_hookpoint(model, student, opened.text.module_path),
+            hookpoint=_hookpoint(module, student, opened.text.module_path),
             model=opened.language_model.id,
             text=opened.text_name,
         )
@@ -188,13 +191,18 @@ def _interpreter(judge: Judge, latents: Latents) -> Interpreter:
 
 
 def _open(
-    run: Path, students: Sequence[str], text: Sequence[str], tokens: int | None, device: str | None
+    run: Path,
+    students: Sequence[str],
+    text: Sequence[str],
+    tokens: int | None,
+    device: str | None,
+    model: str | None,
 ) -> tuple[OpenedRun, list[Candidate]]:
     description = read_finished_run(run)
     # Before the layers are read: what is edited meanwhile is then found to be of other edits.
     edits = edits_digest(run)
     chosen = [student.candidate for student in load_students(run, description["students"], students)]
-    opened = open_run(run, description, text, tokens, device)
+    opened = open_run(run, description, text, tokens, device, model)
     for student in chosen:
         student.network.to(opened.language_model.device)
     return replace(opened, identity=replace(opened.identity, edits=edits)), chosen

@@ -38,6 +38,7 @@ def probe_run(
     tokens: int = TOKENS,
     students: Collection[str] = (),
     device: str | None = None,
+    model: str | None = None,
     report: Report = say_nothing,
 ) -> Probing:
     """Probe a run's students, and the dense layers that they stand in for, with labelled data.
@@ -49,6 +50,7 @@ def probe_run(
         tokens: Tokens of labelled documents to look at, at most.
         students: Ids, or `<layer>/<id>`; all where empty.
         device: Where to run; the run's own where None.
+        model: Where the model is now; where the run found it if None.
         report: Is told how far it is.
 
     Raises:
@@ -66,7 +68,7 @@ def probe_run(
     chosen = load_students(run, description["students"], students)
     sets = [open_data(name, texts) for name in names]
     _check_names([data.name for data in sets])
-    language_model = load_run_model(run, description, device)
+    language_model = load_run_model(run, description, device, model)
     return probe(
         _probed(language_model, description, chosen),
         sets,

@@ -25,6 +25,8 @@ class LayerToEdit(NamedTuple):
     """Its run.json."""
     candidate: Candidate
     """The layer, with the edits that it has, and its place."""
+    model: str | None = None
+    """Where the model is now; where the run found it if None."""
 
     @property
     def folder(self) -> Path:
@@ -33,13 +35,13 @@ class LayerToEdit(NamedTuple):
 
     def open(self, text: Sequence[str], tokens: int | None, device: str | None) -> OpenedRun:
         """Load the model and the text, and take the layer where the model is."""
-        opened = open_run(self.run, self.description, text, tokens, device)
+        opened = open_run(self.run, self.description, text, tokens, device, self.model)
         self.candidate.network.to(opened.language_model.device)
         return opened
 
 
-def find_layer(run: Path, student: str) -> LayerToEdit:
-    """Return the student that is meant.
+def find_layer(run: Path, student: str, model: str | None = None) -> LayerToEdit:
+    """Return the student that is meant, and where the model is if it is not where the run found it.
 
     Raises:
         ValueError: If the run is not finished, or has no such student, or several.
@@ -51,7 +53,7 @@ def find_layer(run: Path, student: str) -> LayerToEdit:
             f"student must name one layer to edit; {student} names {', '.join(one.name for one in found)}. "
             "Put the block's number in front."
         )
-    return LayerToEdit(run, description, found[0])
+    return LayerToEdit(run, description, found[0], model)
 
 
 def units_of(

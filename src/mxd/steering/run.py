@@ -30,6 +30,7 @@ def steer_run(
     text: Sequence[str] = (),
     tokens: int | None = None,
     device: str | None = None,
+    model: str | None = None,
     advance: Advance = lambda done, total, student: None,
 ) -> SteeringResult:
     """Steer some latents of a run's students, one at a time or at once, and score the texts without a judge.
@@ -45,6 +46,7 @@ def steer_run(
         text: Other held-out text than the run's own.
         tokens: Tokens of it at most.
         device: Where to run; the run's own where None.
+        model: Where the model is now; where the run found it if None.
         advance: Told of progress.
 
     Raises:
@@ -52,7 +54,7 @@ def steer_run(
     """
     description = read_finished_run(run)
     chosen = [student.candidate for student in load_students(run, description["students"], students)]
-    opened = open_run(run, description, text, tokens, device)
+    opened = open_run(run, description, text, tokens, device, model)
     known, rows = RowLog(log), list[SteeredRow]()
     unsteered: dict[str, Unsteered] = {}
     skipped: dict[str, list[int]] = {}

@@ -1,18 +1,20 @@
 """What a person asks of a training run."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, TypeVar
 
 from mxd.layers import L1, BatchTopK, SelectionName, TopK, require_kind
 from mxd.layers.activations import activation_function
 from mxd.layers.sizing import EXPANSION
+from mxd.training.values import settling
 
 Value = TypeVar("Value")
 EncoderChoice = Literal["auto", "mlp", "glu"]
 InitChoice = Literal["auto", "paper", "model"]
 PenaltyChoice = float | Literal["auto"]
 WidthChoice = int | Literal["auto"]
+LayerChoice = tuple[int, ...] | Literal["all"]
 
 PAPER_WARMUP = 5000 * 4096
 """Tokens of the paper's warm-up: 5,000 steps, which are 4.27 % of its 480M tokens (Oldfield et al., 2025)."""
@@ -42,21 +44,25 @@ def values_of(setting: Value | tuple[Value, ...]) -> tuple[Value, ...]:
     return setting if isinstance(setting, tuple) else (setting,)
 
 
+@settling
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
     """Which sparse layers to train, for which MLPs, on which text, and how.
 
     A setting that takes one or several values is an axis of the grid: each kind that reads it is trained with each.
+    Where several values stand in a tuple, Python code may give a list, a range or a single value; counts are whole
+    numbers.
     """
 
     model: str
     """Language model: a hub id, a local folder, or `bundled`."""
     text: tuple[str, ...]
-    """Text: a hub dataset id (streamed), local .txt/.jsonl/.json/.parquet files, folders or globs, or `stdlib`."""
-    layer: tuple[int, ...]
-    """Blocks whose MLPs are decomposed, counted from 0."""
+    """Text: a hub dataset id (streamed), local .txt/.jsonl/.json/.parquet files (or .txt.gz, .jsonl.zst and so on),
+    folders or globs, or `stdlib`."""
+    layer: LayerChoice
+    """Blocks whose MLPs are decomposed, counted from 0: numbers and spans, as in 0 2-4, or all."""
     tokens: int
-    """Tokens to train on; short text is repeated. Counts take K, M and B, as in 480M."""
+    """Tokens to train on, rounded up to whole steps; short text is repeated. Counts take K, M and B, as in 480M."""
     kind: tuple[str, ...] = ("mxd",)
     """Kinds of layer: mxd, transcoder, skip-transcoder, shared-transcoder, topk-sae, low-rank, molt."""
     k: tuple[int, ...] = (32,)
@@ -148,6 +154,26 @@ class TrainConfig:
     """Threads of the CPU; by default what OMP_NUM_THREADS says, or all cores."""
     recipe: str | None = None
     """Recipe whose values hold wherever none is given here; `--recipe list` shows them all."""
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Blocks whose MLPs are decomposed.
+
+        Raises:
+            ValueError: If all are asked for and nobody has said yet how many the model has; see `of_blocks`.
+        """
+        if isinstance(self.layer, str):
+            raise ValueError("layer must be numbers here; got all, and no model to count its blocks.")
+        return self.layer
+
+    def of_blocks(self, count: int) -> "TrainConfig":
+        """Return this with the numbers of the layers in the place of `all`, for a model of so many blocks."""
+        return self if self.layer != "all" else replace(self, layer=tuple(range(count)))
+
+    @property
+    def steps(self) -> int:
+        """Number of optimiser steps, each of `batch_tokens`: as many as hold all tokens."""
+        return -(-self.tokens // self.batch_tokens)
 
     @property
     def warmup(self) -> int:

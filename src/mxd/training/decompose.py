@@ -14,10 +14,10 @@ from mxd.atomic import JSON
 from mxd.bundled import held_out_modules
 from mxd.checkpoint import Checkpoint, Provenance, layer_folder, load_checkpoint, save_layer
 from mxd.data.prefetch import Prefetch
-from mxd.data.text import open_text
+from mxd.data.text import TextSource, open_text
 from mxd.data.tokens import open_tokens
 from mxd.edits import edits_of, with_edits
-from mxd.kernels.backends import VARIABLE, chosen_backend, using_backend
+from mxd.kernels.backends import using_backend
 from mxd.models import (
     MlpSite,
     find_mlp,
@@ -25,10 +25,12 @@ from mxd.models import (
     mlp_pairs,
     mlp_weights,
     most_positions,
+    num_layers,
     resolve_device,
     vocabulary_size,
 )
 from mxd.runs.faults import TrainingFault
+from mxd.runs.places import finding_model, finding_text
 from mxd.runs.run import (
     SNAPSHOTS,
     create_run,
@@ -43,24 +45,16 @@ from mxd.runs.run import (
 )
 from mxd.runs.snapshots import SnapshotError, has_snapshot
 from mxd.training.config import TrainConfig
+from mxd.training.continuing import MAY_DIFFER, Commits, stored_commits, stored_resources, with_places
 from mxd.training.grid import StudentPlan, plan_students
 from mxd.training.normalization import fold_input_normalization_, require_foldable
 from mxd.training.plan import Plan, parameter_dtype
-from mxd.training.resources import Resources, resolve_resources, resolve_threads, usable_cores
+from mxd.training.resources import resolve_resources, resolve_threads, usable_cores
 from mxd.training.streams import activation_stream, open_cache, start_from_activations
 from mxd.training.student import Student, StudentConfig
 from mxd.training.train import SinkOpener, train
 
 logger = logging.getLogger(__name__)
-
-KEPT_ON_RESUME = ("precision", "model_precision", "kernels", "threads")
-"""What a resumed run computes with as it began, whatever this machine would choose now."""
-MAY_DIFFER = (
-    *(f"resources.{name}" for name in KEPT_ON_RESUME),
-    *("resources.prefetch", "config.cache", "cache", "command"),
-)
-"""What run.json says that a run may be resumed with another value of: the activations may have moved, say, and an
-earlier version wrote no `command`; `require_command` looks at that."""
 
 
 def make_plan(config: TrainConfig, stored: Mapping[str, JSON] | None = None) -> Plan:
@@ -68,37 +62,38 @@ def make_plan(config: TrainConfig, stored: Mapping[str, JSON] | None = None) -> 
 
     Args:
         config: What is asked for.
-        stored: The run.json of the run that is to be continued, whose commits of hub repositories are used again.
+        stored: The run.json of the run that is to be continued. What `config` names as it does is looked for where that
+            run found it, and read at the same commit of the hub.
 
     Raises:
         ValueError: If anything asked for does not fit together.
         FileNotFoundError: If the model or a text file is not there.
     """
+    commits = Commits(config.revision, None)
     if stored is not None:
         require_command(stored, "train")
+        commits, config = stored_commits(config, stored), with_places(config, stored)
     dtype = "auto" if config.model_dtype == "auto" else cast(torch.dtype, getattr(torch, config.model_dtype))
     device = resolve_device(config.device)
     torch.set_num_threads(resolve_threads(config.threads))
-    model_commit, text_commit = (config.revision, None) if stored is None else _stored_commits(stored)
-    language_model = load_language_model(config.model, revision=model_commit, dtype=dtype, device=device)
+    with finding_model("The run", config.model, is_given=stored is None):
+        language_model = load_language_model(config.model, revision=commits.model, dtype=dtype, device=device)
+    if stored is not None:
+        # Its layers say what their model is called, and not where it happens to be.
+        language_model = language_model._replace(id=cast("dict[str, str]", stored["model"])["id"])
     model = language_model.module
-    sites = {layer: find_mlp(model, layer, config.module) for layer in config.layer}
+    config = config.of_blocks(num_layers(model)) if config.layer == "all" else config
+    sites = {layer: find_mlp(model, layer, config.module) for layer in config.layers}
     if config.module is not None:
         # Whether it is called as an MLP is, and as wide as it seems, shows when it runs: better before a run is begun.
         tokens = torch.zeros(1, 2, dtype=torch.long, device=device)
-        mlp_pairs(model, tokens, config.layer, module_path=config.module)
+        mlp_pairs(model, tokens, config.layers, module_path=config.module)
     students = plan_students(config, sites)
     _check_beginnings(config, students, sites)
     # A run goes on from its snapshots: what it began from need not be there any more.
     sources = _sources(config, students) if stored is None else cast(Mapping[str, str], stored.get("sources", {}))
     require_context(model, config.context)
-    text = open_text(
-        config.text,
-        text_field=config.text_field,
-        split=config.split,
-        revision=text_commit,
-        held_out_modules=held_out_modules(),
-    )
+    text = _open_text(config, commits, is_given=stored is None)
     tokens = open_tokens(
         text,
         language_model.tokenizer,
@@ -110,7 +105,7 @@ def make_plan(config: TrainConfig, stored: Mapping[str, JSON] | None = None) -> 
     widest = max(site.d_in for site in sites.values())
     resources = resolve_resources(config, device, widest, parameter_dtype(language_model))
     if stored is not None:
-        resources = _stored_resources(resources, stored)
+        resources = stored_resources(resources, stored)
     cache = open_cache(config, language_model, sites, text, tokens, resources)
     if cache is not None and cache.coverage().bytes_missing == 0:
         resources = replace(resources, prefetch=resources.prefetch or resources.threads < usable_cores())
@@ -125,6 +120,17 @@ def make_plan(config: TrainConfig, stored: Mapping[str, JSON] | None = None) -> 
         cache=cache,
         sources=sources,
     )
+
+
+def _open_text(config: TrainConfig, commits: Commits, *, is_given: bool) -> TextSource:
+    with finding_text("The run", is_given=is_given):
+        return open_text(
+            config.text,
+            text_field=config.text_field,
+            split=config.split,
+            revision=commits.text,
+            held_out_modules=held_out_modules(),
+        )
 
 
 def decompose(
@@ -169,7 +175,7 @@ def decompose(
 
 def _continued(plan: Plan, out: Path, stored: Mapping[str, JSON]) -> Plan:
     """Return the plan with what the run computes with."""
-    resources = _stored_resources(plan.resources, stored)
+    resources = stored_resources(plan.resources, stored)
     if plan.cache is not None and resources.model_precision != plan.resources.model_precision:
         raise ValueError(
             f"{out} began with a model that multiplies in {resources.model_precision}, and the plan's cache is of "
@@ -216,22 +222,6 @@ def require_context(model: torch.nn.Module, context: int) -> None:
     longest = most_positions(model)
     if longest is not None and context > longest:
         raise ValueError(f"context must be at most {longest}, the model's number of positions; got {context}.")
-
-
-def _stored_commits(stored: Mapping[str, JSON]) -> tuple[str | None, str | None]:
-    model, text = (cast(Mapping[str, Any], stored[name]) for name in ("model", "text"))
-    return model["revision"], text["revision"]
-
-
-def _stored_resources(resources: Resources, stored: Mapping[str, JSON]) -> Resources:
-    known = cast(Mapping[str, Any], stored["resources"])
-    kernels = known.get("kernels", resources.kernels)
-    if chosen_backend() not in ("auto", kernels):
-        raise ValueError(
-            f"{VARIABLE} must be {kernels} or unset to continue a run that began so; got {chosen_backend()}. "
-            "Unset it, or train anew with another --out."
-        )
-    return replace(resources, **{name: known[name] for name in KEPT_ON_RESUME if name in known})
 
 
 def _check_beginnings(config: TrainConfig, students: Sequence[StudentPlan], sites: Mapping[int, MlpSite]) -> None:

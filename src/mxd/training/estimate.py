@@ -8,16 +8,13 @@ and no more.
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
 from typing import NamedTuple, cast
 
 import torch
 
 from mxd.kernels.routing import BLOCK_BYTES, BLOCK_BYTES_ELSEWHERE
 from mxd.layers import BatchTopK, SparseLayerConfig, TopK
-from mxd.memory import available_memory
 from mxd.models import MlpSite, resolve_device
-from mxd.quantities import gib
 from mxd.training.config import TrainConfig
 from mxd.training.grid import StudentPlan, plan_students
 from mxd.training.machine import product_speed
@@ -95,23 +92,6 @@ class StudentCost(NamedTuple):
     """Weights that are not contiguous, which a snapshot writes from a copy."""
 
 
-class Grid(NamedTuple):
-    """A part of what was asked for: the first layers, kinds, ks and seeds of each list, with all settings."""
-
-    layers: tuple[int, ...]
-    """Blocks."""
-    kinds: tuple[str, ...]
-    """Kinds of layer."""
-    ks: tuple[int, ...]
-    """Active latents."""
-    seeds: int
-    """Number of seeds."""
-    students: int
-    """How many students these are."""
-    total: int
-    """Bytes that they take, with everything beside them."""
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Workload:
     """What a run computes and keeps, whether or not its model is loaded."""
@@ -149,7 +129,7 @@ def plan_workload(plan: Plan) -> Workload:
     return Workload(
         config=plan.config,
         students=plan.students,
-        costs=_costs(plan.students, plan.config, plan.resources.device),
+        costs=costs_of(plan.students, plan.config, plan.resources.device),
         sites=plan.sites,
         resources=plan.resources,
         activation_dtype=plan.activation_dtype,
@@ -172,16 +152,17 @@ def shape_workload(config: TrainConfig, shape: ModelShape) -> Workload:
         raise ValueError(
             f"context must be at most {shape.positions}, the model's number of positions; got {config.context}."
         )
-    sites = shape.sites(config.layer)
+    config = config.of_blocks(shape.num_layers)
+    sites = shape.sites(config.layers)
     dtype = torch.float32 if config.model_dtype == "auto" else cast(torch.dtype, getattr(torch, config.model_dtype))
     device = resolve_device(config.device)
     torch.set_num_threads(resolve_threads(config.threads))
     students = plan_students(config, sites)
-    blocks = max(config.layer) + 1
+    blocks = max(config.layers) + 1
     return Workload(
         config=config,
         students=students,
-        costs=_costs(students, config, device),
+        costs=costs_of(students, config, device),
         sites=sites,
         resources=resolve_resources(config, device, shape.d_model, dtype),
         activation_dtype=dtype,
@@ -237,7 +218,8 @@ def student_cost(student: StudentPlan, config: TrainConfig, device: str) -> Stud
     )
 
 
-def _costs(students: Sequence[StudentPlan], config: TrainConfig, device: str) -> list[StudentCost]:
+def costs_of(students: Sequence[StudentPlan], config: TrainConfig, device: str) -> list[StudentCost]:
+    """Return what each of these students takes."""
     # Layers and seeds of one kind and k cost the same.
     known: dict[tuple[str, SparseLayerConfig], StudentCost] = {}
     for student in students:
@@ -268,7 +250,7 @@ def memory(workload: Workload) -> Memory:
     parameters, copied = (
         sum(getattr(cost, name) for cost in workload.costs) for name in ("parameters", "copied_bytes")
     )
-    return _memory(workload, parameters, max(copied, _largest_step(workload)), workload.sites)
+    return memory_of(workload, parameters, max(copied, largest_step(workload)), workload.sites)
 
 
 def host_memory(workload: Workload) -> int:
@@ -281,90 +263,24 @@ def host_memory(workload: Workload) -> int:
     return 3 * FLOAT * sum(cost.parameters for cost in workload.costs) + workload.shard_bytes
 
 
-def largest_grid(workload: Workload, available: int) -> Grid | None:
-    """Return the largest grid that fits into so many bytes, or None where none does.
-
-    It has the first layers, kinds, ks and seeds of those that were asked for. Every kind stays if any grid with every
-    kind fits, since kinds are what is compared; then the number of students decides, then the number of ks.
-    """
-    config = workload.config
-    held = workload.model_bytes if workload.model_is_loaded else 0
-    sizes, step = (len(config.layer), len(config.kind), len(config.k), config.seeds), _largest_step(workload)
-    # Students, parameters and copied bytes of every part, as sums over its first layers, kinds, ks and seeds.
-    sums = torch.zeros(*sizes, 3, dtype=torch.int64)
-    for student, cost in zip(workload.students, workload.costs, strict=True):
-        # With selection l1 there is one student for all ks, whose k is the number of its latents.
-        k = 0 if student.l1_coefficient else config.k.index(student.network.k)
-        place = config.layer.index(student.layer), config.kind.index(student.kind), k, student.seed - config.seed
-        sums[place] += torch.tensor([1, cost.parameters, cost.copied_bytes])
-    for axis in range(len(sizes)):
-        sums = sums.cumsum(axis)
-    best: tuple[tuple[bool, int, int], Grid] | None = None
-    for layers, kinds, ks, seeds in product(*(range(1, size + 1) for size in sizes)):
-        students, parameters, copied = sums[layers - 1, kinds - 1, ks - 1, seeds - 1].tolist()
-        total = _memory(workload, parameters, max(copied, step), config.layer[:layers]).total
-        rank = (kinds == len(config.kind), students, ks)
-        if total - held <= available and (best is None or rank > best[0]):
-            best = rank, Grid(config.layer[:layers], config.kind[:kinds], config.k[:ks], seeds, students, total)
-    return None if best is None else best[1]
-
-
-def require_memory(workload: Workload) -> int | None:
-    """Check that a run fits into the memory that is available now, and return that; None where it cannot be told.
-
-    What is returned is the device's; with a CUDA device the host's is checked too.
-
-    Raises:
-        ValueError: If it does not fit; the sentence has the estimate and the largest grid that fits.
-    """
-    _require_host_memory(workload)
-    available = available_memory(workload.resources.device)
-    needed = memory(workload)
-    still_needed = needed.total - (workload.model_bytes if workload.model_is_loaded else 0)
-    if available is None or still_needed <= available:
-        return available
-    grid = largest_grid(workload, available)
-    remedy = (
-        "not even one student of them fits: lower --buffer-tokens, --expansion or --num-latents, or run the model in a "
-        "narrower type (--model-dtype bfloat16)"
-    )
-    if grid is not None:
-        words = [f"--{name} {' '.join(map(str, values))}" for name, values in _options(grid).items()]
-        remedy = (
-            f"the largest grid of them that fits is {' '.join(words)} ({grid.students} of {len(workload.students)} "
-            "students): ask for that and the rest in further runs, or for smaller layers"
-        )
-    raise ValueError(
-        f"what was asked for must fit in memory; an estimated {gib(still_needed)} are needed"
-        f"{' beside the model' if workload.model_is_loaded else ''} and {gib(available)} are available on "
-        f"{workload.resources.device}; {remedy}."
-    )
-
-
-def _require_host_memory(workload: Workload) -> None:
-    needed = host_memory(workload)
-    available = available_memory("cpu") if needed else None
-    if available is not None and needed > available:
-        raise ValueError(
-            f"what was asked for must fit in the host's memory too, which holds the copy of which a snapshot is written"
-            f"{' and a shard of the cache' if workload.shard_bytes else ''}: an estimated {gib(needed)} are needed and "
-            f"{gib(available)} are available; ask for fewer layers, kinds, ks or seeds and the rest in further runs."
-        )
-
-
 def _is_cuda(workload: Workload) -> bool:
     return torch.device(workload.resources.device).type == "cuda"
 
 
-def _options(grid: Grid) -> dict[str, tuple[object, ...]]:
-    return {"layer": grid.layers, "kind": grid.kinds, "k": grid.ks, "seeds": (grid.seeds,)}
-
-
-def _largest_step(workload: Workload) -> int:
+def largest_step(workload: Workload) -> int:
+    """Return the memory that comes and goes within the step of the student that needs most."""
     return max(cost.step_bytes for cost in workload.costs)
 
 
-def _memory(workload: Workload, parameters: int, step: int, layers: Collection[int]) -> Memory:
+def memory_of(workload: Workload, parameters: int, step: int, layers: Collection[int]) -> Memory:
+    """Return the bytes that students of a workload take with so many parameters in all, on some of its layers.
+
+    Args:
+        workload: All that was asked for.
+        parameters: Parameters of the students.
+        step: What comes and goes within the largest step.
+        layers: Their blocks.
+    """
     config, item, is_cuda = workload.config, workload.activation_dtype.itemsize, _is_cuda(workload)
     sites = [workload.sites[layer] for layer in layers]
     passed = forward_contexts(config, workload.resources.device) * config.context

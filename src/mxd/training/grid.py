@@ -87,7 +87,7 @@ def plan_students(config: TrainConfig, sites: Mapping[int, MlpSite]) -> list[Stu
     """
     seeds = range(config.seed, config.seed + config.seeds)
     students: list[StudentPlan] = []
-    for layer, kind in product(config.layer, config.kind):
+    for layer, kind in product(config.layers, config.kind):
         alike: dict[StudentPlan, None] = {}
         for k, settings, seed in product(config.k, _settings(config), seeds):
             alike[_student(config, sites[layer], kind, k, settings, seed)] = None

@@ -4,6 +4,7 @@ import importlib.metadata
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import cast
 
 import torch
@@ -13,6 +14,7 @@ from mxd.data.activation_cache import ActivationCache
 from mxd.data.text import TextSource
 from mxd.data.tokens import TokenStream
 from mxd.models import LanguageModel, MlpSite, fingerprint
+from mxd.runs.places import WORKING_FOLDER
 from mxd.training.config import TrainConfig
 from mxd.training.grid import StudentPlan
 from mxd.training.optimizer import Schedule
@@ -45,7 +47,7 @@ class Plan:
     @property
     def steps(self) -> int:
         """Number of optimiser steps."""
-        return -(-self.config.tokens // self.config.batch_tokens)
+        return self.config.steps
 
     @property
     def schedule(self) -> Schedule:
@@ -66,6 +68,7 @@ class Plan:
         sources: dict[str, JSON] = {"sources": dict(self.sources)} if self.sources else {}
         return {
             "command": "train",
+            WORKING_FOLDER: str(Path.cwd()),
             "config": cast(JSON, asdict(self.config)),
             "resources": cast(JSON, asdict(self.resources)),
             "model": {
