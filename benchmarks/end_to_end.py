@@ -206,7 +206,7 @@ def arguments(config: TrainConfig) -> list[str]:
     named = {
         "model": config.model,
         "text": config.text[0],
-        "layer": config.layer[0],
+        "layer": config.layers[0],
         "tokens": config.tokens,
         "kind": config.kind[0],
         "k": config.k[0],

@@ -231,7 +231,8 @@ def test_the_options_of_benchmarks_exist() -> None:
         missing = [
             option
             for option in command.options - {"--help"}
-            if f'"{option}"' not in source and not re.search(rf"\b{option[2:].replace('-', '_')}: ", source)
+            if f'"{option}"' not in source
+            and not re.search(rf"\b{option[2:].removeprefix('no-').replace('-', '_')}: ", source)
         ]
         assert missing == [], (command.page, command.words)
 
