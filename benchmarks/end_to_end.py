@@ -322,6 +322,8 @@ def main(options: Options) -> None:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     described = machine()
+    if options.work is not None:
+        options.work.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="mxd-end-to-end-", dir=options.work) as name:
         # Tokens are kept here too: this process makes them, so that no command does.
         os.environ["MXD_CACHE"] = str(Path(name) / "tokens")
