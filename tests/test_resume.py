@@ -290,6 +290,20 @@ def test_another_configuration_is_refused_field_by_field_and_leaves_the_run_alon
     assert state_of(run) == before
 
 
+@pytest.mark.parametrize("begun_with", [{"warmup_steps": 7}, {}])
+def test_a_run_whose_warm_up_would_come_out_otherwise_is_not_resumed(
+    begun_with: dict[str, int], trainer: Trainer, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    interrupted(trainer, run, 5)
+    stored = json.loads((run / "run.json").read_text())
+    del stored["warmup_steps"]
+    (run / "run.json").write_text(json.dumps(stored | begun_with))
+    ended = trainer(run, "--resume")
+    assert ended.status == 2
+    assert f"warmup_steps ({begun_with.get('warmup_steps', 'absent')} → " in trainer.last_line(ended)
+
+
 def test_a_resumed_run_keeps_its_threads_and_precision(
     trainer: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

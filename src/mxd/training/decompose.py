@@ -84,10 +84,7 @@ def make_plan(config: TrainConfig, stored: Mapping[str, JSON] | None = None) -> 
     model = language_model.module
     config = config.of_blocks(num_layers(model)) if config.layer == "all" else config
     sites = {layer: find_mlp(model, layer, config.module) for layer in config.layers}
-    if config.module is not None:
-        # Whether it is called as an MLP is, and as wide as it seems, shows when it runs: better before a run is begun.
-        tokens = torch.zeros(1, 2, dtype=torch.long, device=device)
-        mlp_pairs(model, tokens, config.layers, module_path=config.module)
+    _require_runnable(model, config, device)
     students = plan_students(config, sites)
     _check_beginnings(config, students, sites)
     # A run goes on from its snapshots: what it began from need not be there any more.
@@ -120,6 +117,13 @@ def make_plan(config: TrainConfig, stored: Mapping[str, JSON] | None = None) -> 
         cache=cache,
         sources=sources,
     )
+
+
+def _require_runnable(model: torch.nn.Module, config: TrainConfig, device: str) -> None:
+    """Run a module that a person named: whether it is called as an MLP is, and as wide as it seems, shows only then."""
+    if config.module is not None:
+        tokens = torch.zeros(1, 2, dtype=torch.long, device=device)
+        mlp_pairs(model, tokens, config.layers, module_path=config.module)
 
 
 def _open_text(config: TrainConfig, commits: Commits, *, is_given: bool) -> TextSource:

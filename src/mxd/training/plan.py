@@ -82,6 +82,8 @@ class Plan:
             "students": [cast(JSON, asdict(plan)) for plan in self.students],
             **sources,
             "steps": self.steps,
+            # What `auto` came to: another version may say otherwise, and a run goes on as it began.
+            "warmup_steps": self.schedule.warmup_steps,
             "versions": {"python": sys.version.split()[0], **versions},
         }
 
