@@ -26,16 +26,22 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional
 
 from harness import RESULTS, machine, write_report
+from method_layers import (
+    BentTranscoder,
+    ConfinedTranscoder,
+    ConstantMixture,
+    ContinuousTranscoder,
+    NarrowMixture,
+    SharedMixture,
+)
 from mxd.atomic import write_bytes_atomically, write_text_atomically
 from mxd.cli.numbers import parse_count
 from mxd.data.tokens import content_positions, held_out_contexts, special_tokens
 from mxd.evaluation.drawing import MUTED, add_legend, figure, kind_style, png
 from mxd.evaluation.faithfulness import EvaluationText, model_losses, replacement
 from mxd.evaluation.specialisation import specialisation
-from mxd.kernels import linear, mix
-from mxd.layers import LAYERS, MlpWeights, SharedTranscoder, SharedTranscoderConfig, SparseCode, SparseLayer
+from mxd.layers import LAYERS, MlpWeights, SharedTranscoder, SharedTranscoderConfig, SparseLayer
 from mxd.layers.dense_encoder import dense_encoder
-from mxd.layers.initialization import normalize_rows_, uniform, zeros
 from mxd.layers.sizing import transcoder_budget
 from mxd.losses import distillation_loss, shared_energy
 from mxd.metrics import error_sums, kl_divergence
@@ -50,73 +56,6 @@ FISHER_FLOOR, SMALLEST_DRAWN = 0.05, 1e-4
 ANNEALED, THROUGH_MODEL = 0.5, 0.75  # Shares of training: until K is down; from which on the rest of the model counts.
 
 
-class SharedMixture(SharedTranscoder):
-    """Experts that scale the shared expert's own hidden units, read by another decoder, beside the shared expert."""
-
-    def __init__(self, config: SharedTranscoderConfig, generator: Generator | None = None):
-        super().__init__(config, generator)
-        self.W_dec = uniform(config.num_latents, config.d_out, bound=1.0, generator=generator)
-        normalize_rows_(self.W_dec)
-        self.W_dense = zeros(config.d_hidden, config.d_out)
-
-    def dense_branch(self, x: Tensor) -> Tensor:
-        return linear(self.encoder(x), self.W_dense)
-
-    def carried(self, x: Tensor, code: SparseCode) -> Tensor:
-        return super().carried(x, code) * self.dense_branch(x)
-
-    def unit_length_tables(self) -> tuple[nn.Parameter, ...]:
-        return (self.W_dec,)
-
-
-class ConstantMixture(SharedMixture):
-    """The same with a constant unit in the dense branch, which alone makes a transcoder of it."""
-
-    def __init__(self, config: SharedTranscoderConfig, generator: Generator | None = None):
-        super().__init__(config, generator)
-        self.b_dense = nn.Parameter(torch.ones(config.d_out))
-
-    def dense_branch(self, x: Tensor) -> Tensor:
-        return linear(self.encoder(x), self.W_dense, self.b_dense)
-
-
-class NarrowMixture(SharedMixture):
-    """The same with few hidden units of its own, which begin as the paper's."""
-
-    def __init__(self, config: SharedTranscoderConfig, generator: Generator | None = None):
-        super().__init__(config, generator)
-        self.W_dense = zeros(max(1, config.d_hidden // 8), config.d_out)
-        self.own = dense_encoder(config.encoder, config.d_in, len(self.W_dense), config.activation, generator)
-
-    def dense_branch(self, x: Tensor) -> Tensor:
-        return linear(self.own(x), self.W_dense)
-
-
-class ContinuousTranscoder(SharedTranscoder):
-    """Latents begin to fire at zero: the largest score that is left out is taken from those that are kept."""
-
-    def encode_at(self, x: Tensor, k: int) -> SparseCode:
-        code = super().encode_at(x, k + 1)
-        values, order = code.values.sort(dim=-1, descending=True)
-        return SparseCode(values[..., :k] - values[..., k:], code.indices.gather(-1, order[..., :k]))
-
-
-class ConfinedTranscoder(SharedTranscoder):
-    """Latents write within some orthonormal directions, and the shared expert in all others."""
-
-    def __init__(self, config: SharedTranscoderConfig, generator: Generator | None = None, *, directions: Tensor):
-        super().__init__(config, generator)
-        self.directions = nn.Buffer(directions)
-        self.W_dec = nn.Parameter(self.W_dec.detach()[:, : directions.shape[1]].clone())
-
-    def carried(self, x: Tensor, code: SparseCode) -> Tensor:
-        return mix(code.values, code.indices, self.W_dec) @ self.directions.T
-
-    def base(self, x: Tensor) -> Tensor:
-        shared = linear(self.encoder(x), self.W_shared)
-        return shared - (shared @ self.directions) @ self.directions.T + self.b_dec
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Method:
     """One candidate: a layer and how it learns; shares are of training."""
@@ -124,6 +63,7 @@ class Method:
     layer: type[SparseLayer] = SharedTranscoder
     model_start: bool = True
     width: float = 1.0  # Hidden units over the model's own: its most important ones, or all of them and new ones.
+    own_width: float = 0.0  # Hidden units of the experts' own, over the model's.
     directions: int = 0  # Those in which the target varies most, to which latents are confined.
     penalty: float = 0.0
     common: bool = False  # Whether the penalty is on the experts' best common direction too.
@@ -134,7 +74,7 @@ class Method:
     kl: float = 0.0  # Weight of KL(model ‖ model with the layer in it), towards the end.
 
 
-SHARED = Method(penalty=0.1)
+SHARED, WIDE = Method(penalty=0.1), Method(penalty=0.15, width=4, shared_rate="full")
 DRAWN = {kind: Method(layer=LAYERS[kind].layer, model_start=False) for kind in ("transcoder", "skip-transcoder", "mxd")}
 METHODS: dict[str, Method] = {
     **DRAWN,
@@ -144,10 +84,12 @@ METHODS: dict[str, Method] = {
     "frozen-.1": replace(SHARED, shared_rate="frozen encoder"),
     **{f"width-x{width:g}-.1": replace(SHARED, width=width) for width in (0.25, 0.5)},
     **{f"width-x{width}-.1": replace(SHARED, width=width, shared_rate="full") for width in (2, 6)},
-    **{f"wide-{p}": Method(penalty=float(p), width=4, shared_rate="full") for p in (".07", ".1", ".15", ".3")},
+    **{f"wide-{p}": replace(WIDE, penalty=float(p)) for p in (".07", ".1", ".15", ".3")},
     "mixture-.1": replace(SHARED, layer=SharedMixture),
     **{f"mixture-common-{p}": Method(layer=SharedMixture, penalty=float(p), common=True) for p in (".1", ".3")},
-    **{f"narrow-{penalty}": Method(layer=NarrowMixture, penalty=float(penalty)) for penalty in (".1", ".3")},
+    **{f"narrow-{p}": Method(layer=NarrowMixture, penalty=float(p), own_width=1 / 8) for p in (".1", ".3")},
+    "narrow-wide-.3": replace(WIDE, layer=NarrowMixture, penalty=0.3, own_width=1 / 8),
+    **{f"bent-x{w:g}-.15": replace(WIDE, layer=BentTranscoder, own_width=w) for w in (0.05, 1 / 8, 3 / 8, 1)},
     "constant-common-.1": replace(SHARED, layer=ConstantMixture, common=True),
     "released-1": Method(penalty=1.0, released=0.8),
     "continuous-.1": replace(SHARED, layer=ContinuousTranscoder),
@@ -226,6 +168,8 @@ def build(method: Method, task: Task) -> SparseLayer:
         if method.directions:
             principal = torch.linalg.eigh(task.target.T.cov()).eigenvectors[:, -method.directions :]
             make = partial(make, directions=principal.contiguous())
+        if method.own_width:
+            make = partial(make, units=int(method.own_width * task.site.d_hidden))
         few = replace(config, d_hidden=int(method.width * task.site.d_hidden), num_latents=4 * task.k)
         with torch.device("meta"):
             layers = make(few), make(replace(few, num_latents=few.num_latents + 1))

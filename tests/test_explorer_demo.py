@@ -27,9 +27,10 @@ if TYPE_CHECKING:
     from playwright.sync_api import Page
 
 TOKENS_TRAINED, TOKENS_READ = 4096, 1024
-STUDENTS = [f"3/{kind}-k{k}" for kind in ("mxd", "transcoder", "skip-transcoder") for k in (8, 32)]
+STUDENTS = [f"3/{kind}-k{k}" for kind in DEMO.kind for k in DEMO.k]
 STUDENT = STUDENTS[0]
 NAMES = {"mxd": "MxD", "transcoder": "Transcoder", "skip-transcoder": "Skip transcoder"}
+NAMES |= {"shared-transcoder": "Shared transcoder"}
 
 pytestmark = NEEDED
 
@@ -171,7 +172,7 @@ def test_the_runs_page_tells_the_model_the_text_and_each_student(demo: Shown, pa
     visit(page, f"{demo.url}#/run/{STUDENT}")
     rows = [row.inner_text().split() for row in page.locator("tbody tr").all()]
     assert [row[0] for row in rows] == STUDENTS
-    assert [row[2] for row in rows] == ["8", "32"] * 3
+    assert [row[2] for row in rows] == ["8", "32"] * len(DEMO.kind)
     facts = page.inner_text(".facts")
     assert "bundled" in facts
     assert "held-out documents" in facts

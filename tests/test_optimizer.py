@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from mxd.layers import LAYERS, SparseLayer, SparseLayerOutput, TopKAutoencoderConfig, Transcoder, TranscoderConfig
 from mxd.layers.initialization import uniform_by_column
 from mxd.layers.mixture_of_decoders import MixtureOfDecodersConfig
+from mxd.layers.shared_transcoder import SharedTranscoderConfig
 from mxd.layers.skip_transcoder import SkipTranscoderConfig
 from mxd.runs.snapshots import load_newest_snapshot, save_snapshot
 from mxd.training.optimizer import (
@@ -28,6 +29,7 @@ CONFIGS = {
     "transcoder": TranscoderConfig(d_in=D, d_out=D, num_latents=N, k=K),
     "skip-transcoder": SkipTranscoderConfig(d_in=D, d_out=D, num_latents=N, k=K),
     "topk-sae": TopKAutoencoderConfig(d_in=D, num_latents=N, k=K),
+    "shared-transcoder": SharedTranscoderConfig(d_in=D, d_hidden=8, d_out=D, num_latents=N, k=K),
 }
 every_kind = pytest.mark.parametrize("kind", CONFIGS)
 CONTENT = torch.ones(TOKENS, dtype=torch.bool)
@@ -157,9 +159,9 @@ def test_an_optimizer_that_took_no_step_has_no_state_and_takes_none() -> None:
 
 
 @every_kind
-def test_unit_length_tables_stay_so_after_every_step_and_the_skip_transcoder_has_none(kind: str) -> None:
+def test_unit_length_tables_stay_so_after_every_step_and_two_kinds_have_none(kind: str) -> None:
     student = Student("s", 0, layer_of(kind), StudentConfig(lr=0.05))
-    assert len(student.network.unit_length_tables()) == (kind != "skip-transcoder")
+    assert len(student.network.unit_length_tables()) == (kind not in ("skip-transcoder", "shared-transcoder"))
     for step in range(8):
         take_steps(student, range(step, step + 1))
         for table in student.network.unit_length_tables():
@@ -215,8 +217,9 @@ def test_bfloat16_products_leave_weights_and_moments_in_float32(kind: str) -> No
 @every_kind
 @pytest.mark.parametrize("micro_batch_tokens", [1, 5, TOKENS, 10 * TOKENS])
 def test_a_batch_in_parts_has_the_gradients_and_metrics_of_the_whole(kind: str, micro_batch_tokens: int) -> None:
+    charge = LAYERS[kind].layer.shared_penalty or 0.0
     students = [
-        Student("s", 0, layer_of(kind), StudentConfig(lr=0.01, micro_batch_tokens=tokens))
+        Student("s", 0, layer_of(kind), StudentConfig(lr=0.01, micro_batch_tokens=tokens, shared_penalty=charge))
         for tokens in (None, micro_batch_tokens)
     ]
     seen = [gradients_seen_by(student.optimizer) for student in students]

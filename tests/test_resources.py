@@ -104,10 +104,11 @@ def test_kernels_that_this_machine_lacks_are_named(monkeypatch: pytest.MonkeyPat
     assert backends.backend(torch.device("cpu")) == "torch"
 
 
-def test_micro_batches_change_nothing_but_rounding(config: TrainConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["mxd", "shared-transcoder"])
+def test_micro_batches_change_nothing_but_rounding(kind: str, config: TrainConfig, tmp_path: Path) -> None:
     losses: list[float] = []
     for name, micro_batch_tokens in (("whole", None), ("parts", 64)):
-        decompose(make_plan(replace(config, micro_batch_tokens=micro_batch_tokens)), tmp_path / name)
+        decompose(make_plan(replace(config, kind=(kind,), micro_batch_tokens=micro_batch_tokens)), tmp_path / name)
         last = (tmp_path / name / "metrics.jsonl").read_text().splitlines()[-1]
-        losses.append(json.loads(last)["students"]["1/mxd-k4"]["loss"])
+        losses.append(json.loads(last)["students"][f"1/{kind}-k4"]["loss"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)

@@ -23,7 +23,7 @@ from mxd.layers import (
     Transcoder,
     TranscoderConfig,
 )
-from mxd.losses import distillation_loss, shared_energy
+from mxd.losses import SharedMoments, distillation_loss, shared_energy, shared_energy_of_part
 from mxd.training.student import Student, StudentConfig
 from tests.tensors import normal
 from tests.train_command import STEPS, Trainer, nothing
@@ -119,6 +119,20 @@ def test_shared_energy_is_the_variance_over_the_targets_length() -> None:
     expected = sum(float((shared[b] - mean).square().sum() / target[b].norm()) for b in range(6)) / 18
     assert shared_energy(shared, target).item() == pytest.approx(expected, rel=1e-12)
     assert shared_energy(shared + normal(3, seed=2), target).item() == pytest.approx(expected, rel=1e-9)
+
+
+@settings(deadline=None, max_examples=20)
+@given(size=st.integers(1, 9), seed=st.integers(0, 99))
+def test_the_charges_of_a_batchs_parts_add_up_to_that_of_the_whole_and_so_do_gradients(size: int, seed: int) -> None:
+    shared, target = normal(9, 3, seed=seed).requires_grad_(), normal(9, 3, seed=seed + 1)
+    target[seed % 9] *= seed % 2  # A target of zeros counts nothing.
+    whole = SharedMoments.of(shared.detach(), target)
+    parts = zip(shared.split(size), target.split(size), strict=True)
+    loss = torch.stack([shared_energy_of_part(*part, whole) * (len(part[0]) / 9) for part in parts]).sum()
+    expected = shared_energy(shared, target)
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-14)
+    gradients = [torch.autograd.grad(of, shared)[0] for of in (loss, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-14)
 
 
 @settings(deadline=None, max_examples=20)

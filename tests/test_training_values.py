@@ -36,7 +36,7 @@ def test_a_single_value_stands_for_a_tuple_of_one_and_text_is_not_taken_apart() 
         ({"model": Path("a/b")}, "a/b"),
         ({"clip": 1}, 1.0),
         ({"clip": np.float32(0.5)}, 0.5),
-        ({"lr": {"mxd": 1}}, {"mxd": 1.0}),
+        ({"lr": {"shared-transcoder": 1}}, {"shared-transcoder": 1.0}),
         ({"hidden": ["auto", 8]}, ("auto", 8)),
         ({"normalize_experts": [True, False]}, (True, False)),
     ],
@@ -75,7 +75,7 @@ def test_what_is_of_another_type_is_refused_by_name(given_value: dict[str, Any],
 def test_what_a_run_records_is_read_back_as_it_was() -> None:
     import json
 
-    found = config(num_latents=(8, 16), k=(2, 4), lr={"mxd": 1e-3}, hidden=("auto", 4), clip=1.0)
+    found = config(kind="mxd", num_latents=(8, 16), k=(2, 4), lr={"mxd": 1e-3}, hidden=("auto", 4), clip=1.0)
     assert TrainConfig(**json.loads(json.dumps(asdict(found)))) == found
     assert all(type(getattr(found, field.name)) is not list for field in fields(TrainConfig))
 

@@ -1,5 +1,7 @@
 """What a student is trained to make small."""
 
+from typing import NamedTuple
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -20,9 +22,12 @@ def distillation_loss(
 
 
 def _mean_square(difference: Float[Tensor, "*batch d_out"], target: Float[Tensor, "*batch d_out"]) -> Float[Tensor, ""]:
+    return (difference.square() * _weight(target)).mean()
+
+
+def _weight(target: Float[Tensor, "*batch d_out"]) -> Float[Tensor, "*batch 1"]:
     length = torch.linalg.vector_norm(target, dim=-1, keepdim=True)
-    weight = torch.where(length > 0, 1 / length, 0)
-    return (difference.square() * weight).mean()
+    return torch.where(length > 0, 1 / length, 0)
 
 
 def dead_latent_loss(
@@ -60,3 +65,32 @@ def shared_energy(shared: Float[Tensor, "tokens d_out"], target: Float[Tensor, "
     The batch's mean is free: what is the same for all tokens is a bias, and explains nothing.
     """
     return _mean_square(shared - shared.mean(0), target)
+
+
+class SharedMoments(NamedTuple):
+    """What a part of a batch has to know of the whole for its share of `shared_energy`."""
+
+    mean: Float[Tensor, " d_out"]
+    r"""$\bar s$, the mean of what the shared expert adds."""
+    slope: Float[Tensor, " d_out"]
+    r"""$\frac{1}{B} \sum_b (s_b - \bar s) / \lVert t_b \rVert_2$."""
+
+    @classmethod
+    def of(cls, shared: Float[Tensor, "tokens d_out"], target: Float[Tensor, "tokens d_out"]) -> "SharedMoments":
+        """Return those of a whole batch."""
+        mean = shared.mean(0)
+        return cls(mean, ((shared - mean) * _weight(target)).mean(0))
+
+
+def shared_energy_of_part(
+    shared: Float[Tensor, "tokens d_out"], target: Float[Tensor, "tokens d_out"], whole: SharedMoments
+) -> Float[Tensor, ""]:
+    r"""Return what a part of a batch has of `shared_energy`, averaged over the part.
+
+    $$\frac{1}{BO} \sum_{b,o} \frac{(s_{bo} - \bar s_o)^2}{\lVert t_b \rVert_2} - 2 c_o (s_{bo} - \bar s_o)$$
+
+    Mean and slope $c$ are constants of the whole batch. Averaged over all its tokens the second term is 0, and its
+    gradient is what the mean's own dependence on the shared expert adds: loss and gradient are those of the whole.
+    """
+    distance = shared - whole.mean
+    return _mean_square(distance, target) - 2 * (distance * whole.slope).mean()

@@ -18,7 +18,7 @@ from mxd.runs.run import is_run, locked, read_configuration
 from mxd.training.decompose import decompose, make_plan
 
 DEMO = find_recipe("demo").config()
-"""The bundled model's middle layer, three kinds at matched parameters, at two Ks."""
+"""The bundled model's middle layer, four kinds at matched parameters, at two Ks."""
 
 
 def demo(out: Path = Path("demo-run")) -> None:
@@ -54,12 +54,12 @@ def _demo(out: Path) -> None:
         raise TrainingInterrupted(f"stopped by {str(error) or 'SIGINT'}; mxd demo starts it afresh.") from error
     console.print("Putting them back into the model, on modules that neither has seen …")
     evaluation = evaluate_run(out)
-    write_evaluation(out, evaluation, title="mxd demo: one MLP, three sparse replacements", footer="mxd demo")
+    write_evaluation(out, evaluation, title="mxd demo: one MLP, four kinds of sparse layer", footer="mxd demo")
     Console().print(format_table(evaluation.rows))
     console.print(
         f"\nLook at {out}/report.html (table, curves, ten experts) and {out}/frontier.png.\n"
         "Next, on your own model and text:\n"
-        "  mxd train --model MODEL --text TEXT --layer 8 --kind mxd transcoder --k 32 --tokens 10M --out RUN\n"
+        "  mxd train --model MODEL --text TEXT --layer 8 --kind mxd shared-transcoder --k 32 --tokens 10M --out RUN\n"
         "  mxd evaluate RUN\n"
         f'and in Python: mxd.load("{out}/layers/3/mxd-k32")'
     )

@@ -63,8 +63,9 @@ class TrainConfig:
     """Blocks whose MLPs are decomposed, counted from 0: numbers and spans, as in 0 2-4, or all."""
     tokens: int
     """Tokens to train on, rounded up to whole steps; short text is repeated. Counts take K, M and B, as in 480M."""
-    kind: tuple[str, ...] = ("mxd",)
-    """Kinds of layer: mxd, transcoder, skip-transcoder, shared-transcoder, topk-sae, low-rank, molt."""
+    kind: tuple[str, ...] = ("shared-transcoder",)
+    """Kinds of layer: shared-transcoder (docs/method.md), mxd (the paper's), transcoder, skip-transcoder, topk-sae,
+    low-rank, molt."""
     k: tuple[int, ...] = (32,)
     """Latents active for each token; each kind is trained at each."""
     expansion: int = EXPANSION

@@ -10,7 +10,14 @@ from torch import Tensor
 
 from mxd.kernels import dots
 from mxd.layers import SparseCode, SparseLayer, SparseLayerOutput
-from mxd.losses import dead_latent_loss, distillation_loss, l1_penalty, shared_energy
+from mxd.losses import (
+    SharedMoments,
+    dead_latent_loss,
+    distillation_loss,
+    l1_penalty,
+    shared_energy,
+    shared_energy_of_part,
+)
 from mxd.training.normalization import InputNormalization
 from mxd.training.optimizer import (
     adamw,
@@ -146,9 +153,11 @@ class Student:
         dead = self._dead_latents(step * len(x)) if self.config.aux_coefficient else None
         seed, k = self.config.random_k_seed, self.network.config.k
         k = k if seed is None else drawn_k(k, seed, step)
+        in_parts = bool(self.config.shared_penalty) and at_once < len(x)
+        whole = self._shared_moments(x.split(at_once), target, autocast) if in_parts else None
         loss = target.new_zeros(())
         for rows in zip(x.split(at_once), target.split(at_once), is_content.split(at_once), strict=True):
-            output, part = self._add_gradients(rows[0], rows[1], k, len(x), dead, autocast)
+            output, part = self._add_gradients(rows[0], rows[1], k, len(x), dead, whole, autocast)
             self._observe(tokens_after, output, *rows[1:])
             loss += part
         project_gradients_(self.network.unit_length_tables())
@@ -163,8 +172,21 @@ class Student:
         self._sums["loss"] += loss
         self._sums["steps"] += 1
 
+    @torch.no_grad()
+    def _shared_moments(self, parts: Sequence[Tensor], target: Tensor, autocast: torch.dtype | None) -> SharedMoments:
+        with _autocast(target, autocast):
+            shared = torch.cat([self.network.base(x).float() for x in parts])
+        return SharedMoments.of(shared, target.float())
+
     def _add_gradients(
-        self, x: Tensor, target: Tensor, k: int, batch_tokens: int, dead: Tensor | None, autocast: torch.dtype | None
+        self,
+        x: Tensor,
+        target: Tensor,
+        k: int,
+        batch_tokens: int,
+        dead: Tensor | None,
+        whole: SharedMoments | None,
+        autocast: torch.dtype | None,
     ) -> tuple[SparseLayerOutput, Float[Tensor, ""]]:
         """Add these rows' gradients to those of the batch's other rows; return output and share of the batch's loss."""
         with _autocast(x, autocast):
@@ -174,7 +196,12 @@ class Student:
                 loss = loss + self.config.l1_coefficient * l1_penalty(output.code.values, self._lengths_of(output.code))
             if self.config.shared_penalty:
                 shared = output.prediction.float() - self.network.carried(x, output.code).float()
-                loss = loss + self.config.shared_penalty * shared_energy(shared, target.float())
+                energy = (
+                    shared_energy(shared, target.float())
+                    if whole is None
+                    else shared_energy_of_part(shared, target.float(), whole)
+                )
+                loss = loss + self.config.shared_penalty * energy
         loss = loss * (len(x) / batch_tokens)
         loss.backward()
         if dead is not None and len(dead) > 0:
