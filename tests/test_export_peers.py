@@ -148,16 +148,18 @@ def test_saelens_hooks_are_what_the_mlp_reads_and_returns(family: str, tmp_path:
 
 
 def _model(family: str, folder: Path) -> Path:
-    if family != "gpt_neox":
-        return tiny_model.write_model(folder, "gpt2" if family == "gpt2" else "llama")
-    tiny_model.write_model(folder, "llama")
-    sizes = {"hidden_size": D_MODEL, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = hf.AutoConfig.for_model("gpt_neox", vocab_size=259, max_position_embeddings=64, **sizes)
+    """Write a tiny model whose norms have weights, so that before and behind these is not the same."""
+    tiny_model.write_model(folder, "gpt2" if family == "gpt2" else "llama")
+    if family == "gpt_neox":
+        sizes = {"hidden_size": D_MODEL, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 2}
+        config = hf.AutoConfig.for_model(family, vocab_size=259, max_position_embeddings=64, **sizes)
+    else:
+        config = hf.AutoConfig.from_pretrained(folder)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = hf.AutoModelForCausalLM.from_config(config)
         for name, parameter in model.named_parameters():
-            # Norms' weights too, so that before and behind them are not the same.
-            torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.3)
+            is_scale = parameter.ndim == 1 and name.endswith("weight")
+            nn.init.normal_(parameter, mean=float(is_scale), std=0.3)
     model.save_pretrained(folder)
     return folder
