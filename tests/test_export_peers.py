@@ -12,7 +12,7 @@ from torch import nn
 
 from mxd.interop import export_layers, load_sparsify
 from mxd.layers import SelectionName, SparseLayer
-from mxd.models import find_mlp
+from mxd.models import find_mlp, mlp_pairs
 from tests import tiny_model
 from tests.exported_layers import CASES, D_MODEL, FITTING, NUM_BLOCKS, K, a_layer, inputs, outline, whole_set
 
@@ -85,22 +85,10 @@ def test_saelens_computes_what_the_layer_does(kind: str, selection: SelectionNam
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("kind", "selection"), cases("circuit-tracer"))
 def test_circuit_tracer_computes_what_the_layer_does(kind: str, selection: SelectionName, tmp_path: Path) -> None:
-    tracer = peer("circuit_tracer.transcoder.single_layer_transcoder", "circuit-tracer")
+    peer("circuit_tracer.transcoder.single_layer_transcoder", "circuit-tracer")
     layers, x = whole_set(kind, selection, dtype=torch.float32), inputs(torch.float32)
-    export_layers(layers, tmp_path, "circuit-tracer", model=GPT2)
-    config = yaml.safe_load((tmp_path / "config.yaml").read_text())
-    paths = {block: str(tmp_path / f"layer_{block}.safetensors") for block in range(NUM_BLOCKS)}
-    options: dict[str, Any] = {name: config[name] for name in ("activation", "k") if name in config}
-    hooks = config["feature_input_hook"], config["feature_output_hook"]
-    try:
-        loaded = tracer.load_transcoder_set(paths, "mxd", *hooks, **options)
-    except TypeError:
-        # Releases up to 0.5.0 read no activation; the main branch puts its TopK there.
-        loaded = tracer.load_transcoder_set(paths, "mxd", *hooks)
-        if selection == "topk":
-            functions = importlib.import_module("circuit_tracer.transcoder.activation_functions")
-            for one in loaded:
-                one.activation_function = functions.TopK(config["k"])
+    export_layers(layers, tmp_path / "out", "circuit-tracer", model=GPT2)
+    loaded = _loaded(tmp_path / "out", NUM_BLOCKS, selection)
     with torch.no_grad():
         found = loaded.decode(loaded.encode(x.expand(NUM_BLOCKS, -1, -1)), x.expand(NUM_BLOCKS, -1, -1))
         parts = loaded.compute_attribution_components(x.expand(NUM_BLOCKS, -1, -1))
@@ -113,6 +101,48 @@ def test_circuit_tracer_computes_what_the_layer_does(kind: str, selection: Selec
     assert bool((nodes.values() > 0).all())
     active = sum(int((layer.encode(x[1:]).values > 0).sum()) for layer in layers)
     assert nodes.values().numel() == active
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("kind", "selection"), [("transcoder", "topk"), ("skip-transcoder", "batch-topk")])
+def test_circuit_tracer_makes_graphs_of_what_the_mlps_read(kind: str, selection: SelectionName, tmp_path: Path) -> None:
+    models = peer("circuit_tracer.replacement_model.replacement_model_transformerlens", "circuit-tracer")
+    lens = importlib.import_module("transformer_lens")
+    conversions = importlib.import_module("transformer_lens.pretrained.weight_conversions")
+    folder = _model("gpt2", tmp_path / "model")
+    model = hf.AutoModelForCausalLM.from_pretrained(folder).eval()
+    layers = whole_set(kind, selection, range(2), dtype=torch.float32)
+    export_layers(layers, tmp_path / "out", "circuit-tracer", model=cast(nn.Module, model))
+    sizes = {"n_layers": 2, "d_model": D_MODEL, "n_ctx": 64, "d_head": 8, "n_heads": 2, "d_mlp": 64, "d_vocab": 259}
+    config = lens.HookedTransformerConfig(
+        **sizes, act_fn="gelu_new", normalization_type="LN", eps=1e-5, model_name="gpt2", device="cpu"
+    )
+    replaced = models.TransformerLensReplacementModel.from_config(config, _loaded(tmp_path / "out", 2, selection))
+    weights = conversions.convert_gpt2_weights(model, config)
+    renamed = {".mlp.": ".mlp.old_mlp.", "unembed.": "unembed.old_unembed."}
+    for before, after in renamed.items():
+        weights = {name.replace(before, after): tensor for name, tensor in weights.items()}
+    assert replaced.load_state_dict(weights, strict=False).unexpected_keys == []
+    replaced.tokenizer = hf.AutoTokenizer.from_pretrained(folder)
+    # It would put the token that begins a text in front, and leaves that out of graphs.
+    ids = torch.tensor([256, *range(1, 9)])
+    pairs = mlp_pairs(cast(nn.Module, model), ids[None], [0, 1])
+    with torch.no_grad():
+        _, cache = replaced.run_with_cache(ids[None])
+        _, activations = replaced.get_activations(ids[None])
+    active = 0
+    for block, layer in enumerate(layers):
+        read, returned = pairs[block]
+        torch.testing.assert_close(cache[f"blocks.{block}.mlp.hook_in"], read, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(cache[f"blocks.{block}.mlp.hook_out"], returned, rtol=1e-4, atol=1e-5)
+        code = layer.encode(read[0]).dense(layer.num_latents)
+        torch.testing.assert_close(activations[block, 1:, : layer.num_latents], code[1:], rtol=1e-4, atol=1e-5)
+        active += int((code[1:] > 0).sum())
+    attribution = importlib.import_module("circuit_tracer.attribution.attribute")
+    graph = attribution.attribute(ids, replaced)
+    assert len(graph.active_features) == active
+    assert bool(torch.isfinite(graph.adjacency_matrix).all())
+    assert bool(graph.adjacency_matrix.any())
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -145,6 +175,25 @@ def test_saelens_hooks_are_what_the_mlp_reads_and_returns(family: str, tmp_path:
         site = find_mlp(cast(nn.Module, model), 1).modules[0]
         site.register_forward_hook(lambda _, given, __: layer(given[0]).prediction)
         torch.testing.assert_close(replaced, model(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+def _loaded(folder: Path, blocks: int, selection: SelectionName) -> Any:
+    """Load a set as the documents do, or as they do for releases that read no activation."""
+    tracer = importlib.import_module("circuit_tracer.transcoder.single_layer_transcoder")
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    paths = {block: str(folder / f"layer_{block}.safetensors") for block in range(blocks)}
+    options: dict[str, Any] = {name: config[name] for name in ("activation", "k") if name in config}
+    hooks = config["feature_input_hook"], config["feature_output_hook"]
+    try:
+        return tracer.load_transcoder_set(paths, "mxd", *hooks, device=torch.device("cpu"), **options)
+    except TypeError:
+        loaded = tracer.load_transcoder_set(paths, "mxd", *hooks, device=torch.device("cpu"))
+    if selection == "topk":
+        # What the main branch does.
+        functions = importlib.import_module("circuit_tracer.transcoder.activation_functions")
+        for one in loaded:
+            one.activation_function = functions.TopK(config["k"])
+    return loaded
 
 
 def _model(family: str, folder: Path) -> Path:
