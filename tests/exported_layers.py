@@ -64,7 +64,7 @@ def a_layer(
     sizes = {"d_in": D_MODEL, "d_hidden": 20, "d_out": D_MODEL, "num_latents": NUM_LATENTS, "k": K, **changes}
     request = LayerRequest(**sizes, activation="gelu", selection=selection, rank=2)  # pyright: ignore[reportArgumentType]
     found = require_kind(kind)
-    layer = cast(SparseLayer, found.layer(found.configure(request)))  # pyright: ignore[reportCallIssue]
+    layer = found.layer(found.configure(request))  # pyright: ignore[reportCallIssue]
     generator = torch.Generator().manual_seed(block)
     for parameter in layer.parameters():
         nn.init.normal_(parameter, std=0.25, generator=generator)

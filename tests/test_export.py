@@ -10,12 +10,18 @@ import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from mxd.checkpoint import load_layer, save_edits
 from mxd.edits import Ablate, Add, Clamp, Edit, Scale, Set, with_edits
 from mxd.interop import FORMATS, DoesNotFit, Format, export_layers, export_run, load_sparsify
 from mxd.interop.card import CARD_FILE, LOADING
+from mxd.interop.circuit_tracer import require_circuit_tracer
 from mxd.interop.files import yaml_text
+from mxd.interop.places import place_of
+from mxd.interop.plain import plain_layer
+from mxd.interop.saelens import require_saelens, write_saelens
+from mxd.interop.sparsify import require_sparsify
 from mxd.layers import LAYERS, Provenance, SelectionName, SparseCode, Transcoder, TranscoderConfig
 from tests.exported_layers import (
     CASES,
@@ -36,6 +42,7 @@ from tests.tiny_run import Command, TinyRun, assert_refused, change_json, copied
 
 PAGE = Path(__file__).parent.parent / "docs/export.md"
 GPT2 = outline()
+REQUIRED = {"sparsify": require_sparsify, "saelens": require_saelens, "circuit-tracer": require_circuit_tracer}
 
 
 @pytest.mark.parametrize("case", CASES, ids="-".join)
@@ -91,8 +98,6 @@ def test_the_documents_load_an_export_as_its_own_page_does(tmp_path: Path) -> No
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_weights_keep_their_type(form: Format, dtype: torch.dtype, tmp_path: Path) -> None:
-    from safetensors.torch import load_file
-
     files = export_layers(whole_set("transcoder", dtype=dtype), tmp_path / "out", form, model=GPT2)
     weights = [load_file(path) for path in files if path.suffix == ".safetensors"]
     assert len(weights) == NUM_BLOCKS
@@ -103,14 +108,22 @@ def test_weights_keep_their_type(form: Format, dtype: torch.dtype, tmp_path: Pat
 
 
 def test_layers_with_two_widths_fit_where_the_format_has_two(tmp_path: Path) -> None:
-    x = inputs()
-    for selection, form in (("l1", "saelens"), ("batch-topk", "saelens")):
+    place, x, about = place_of(a_layer("transcoder"), GPT2), inputs(), {"model": None}
+    for selection in ("l1", "batch-topk"):
         layer = a_layer("skip-transcoder", selection, d_out=7)
-        export_layers([layer], tmp_path / selection, form, model=GPT2)
-        assert_near(restated(form, tmp_path / selection, 0, x), layer(x).prediction)
+        plain = plain_layer(layer, "saelens")
+        require_saelens(plain, place)
+        (tmp_path / selection).mkdir()
+        write_saelens(plain, place, about, tmp_path / selection)
+        assert_near(restated("saelens", tmp_path / selection, 0, x), layer(x).prediction)
     for form in FORMATS:
         with pytest.raises(DoesNotFit, match="reads 16 and writes 7"):
-            export_layers([a_layer("transcoder", d_out=7)], tmp_path / form, form, model=GPT2)
+            REQUIRED[form](plain_layer(a_layer("transcoder", d_out=7), form), place)
+
+
+def test_a_layer_of_another_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"must have \(d_in, d_out\) = \(16, 16\); got \(16, 7\)"):
+        export_layers([a_layer("transcoder", d_out=7)], tmp_path / "out", "sparsify", model=GPT2)
 
 
 @settings(max_examples=40, deadline=None)
@@ -142,7 +155,7 @@ def test_edits_go_into_the_weights(kind: str, tmp_path: Path) -> None:
     found = restated("sparsify", tmp_path / "out", 0, x)
     assert_near(found, edited(x).prediction)
     assert (found - plain(x).prediction).abs().max() > 0.1
-    about = json.loads((tmp_path / "out/h.0.mlp/cfg.json").read_text())["mxd"]
+    about = json.loads((tmp_path / "out/h.0.mlp/mxd.json").read_text())
     assert [edit["operation"]["name"] for edit in about["edits"]] == ["scale", "add", "set", "ablate"]
     assert "Edits of latents were written into the weights." in (tmp_path / "out" / CARD_FILE).read_text()
 
@@ -303,12 +316,11 @@ def test_what_is_written_names_model_text_and_version_and_no_folder_of_this_mach
         assert ended.status == 0, ended.err
         assert f"Left out 0/mxd-k4: {form} holds one decoder row for each latent" in ended.err.replace("\n", " ")
     texts = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    assert len(texts) == 3 + 2 * 2 * 3 + 2 * 2 * 2 + 2 * 3
+    assert len(texts) == 3 + 3 * 2 * 3 + 2 * 2 * 2 + 2 * 3
     for path, content in texts.items():
         assert str(tmp_path.parent).encode() not in content, path
         assert str(tiny.model.parent).encode() not in content, path
-    configured = json.loads((tmp_path / "sparsify/topk-sae-k4/layers.0.mlp/cfg.json").read_text())
-    about = configured["mxd"]
+    about = json.loads((tmp_path / "sparsify/topk-sae-k4/layers.0.mlp/mxd.json").read_text())
     assert (about["model"], about["text"], about["layer"]) == ("tiny-model", "tiny.jsonl", 0)
     assert (about["k"], about["kind"], about["tokens_trained"]) == (4, "topk-sae", 12_288)
     assert about["mxd_version"]
@@ -327,6 +339,11 @@ def test_a_student_that_was_named_and_does_not_fit_ends_the_command(
     )
     assert_refused(mxd(*asked, "pickle"), "export", "--format", "circuit-tracer", "pickle")
     assert_refused(mxd(*asked, "sparsify", "--model", tmp_path / "gone"), "export", "found no folder")
+    run = copied(tiny.run, tmp_path / "run")
+    few = json.loads((run / "run.json").read_text())["students"][:3]
+    change_json(run / "run.json", lambda described: described.update(students=few))
+    nothing = mxd("export", run, "--out", out, "--format", "circuit-tracer")
+    assert_refused(nothing, "export", "Nothing of", "fits circuit-tracer. 0/skip-transcoder-k4", "0 to 1; 1 is missing")
     assert not out.exists()
     tiny_out = mxd(*asked, "sparsify", "--student", "1/transcoder-k4")
     assert (tiny_out.status, tiny_out.out) == (0, "")
@@ -342,41 +359,3 @@ def test_a_run_whose_layers_are_edited_is_exported_as_edited(tiny: TinyRun, tmp_
     edited = load_layer(run / "layers/0/transcoder-k4")(x).prediction
     found = load_sparsify(tmp_path / "out/transcoder-k4/layers.0.mlp")(x).prediction
     torch.testing.assert_close(found, edited, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("kind", FITTING["sparsify"])
-def test_what_was_written_for_sparsify_comes_back(kind: str, tmp_path: Path) -> None:
-    layer, x = a_layer(kind, block=2), inputs()
-    export_layers([layer], tmp_path / "out", "sparsify", model=GPT2)
-    back = load_sparsify(tmp_path / "out/h.2.mlp")
-    assert type(back) is type(layer)
-    assert (back.provenance.layer, back.training) == (2, False)
-    for name, tensor in layer.state_dict().items():
-        assert torch.equal(back.state_dict()[name], tensor)
-    assert torch.equal(back(x).prediction, layer(x).prediction)
-    assert load_sparsify(tmp_path / "out/h.2.mlp", block=7).provenance.layer == 7
-
-
-def test_coders_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
-    export_layers([a_layer("skip-transcoder")], tmp_path / "good", "sparsify", model=GPT2)
-    changes: list[tuple[dict[str, object], str]] = [
-        ({"activation": "groupmax"}, "must have activation topk"),
-        ({"transcode": False}, "must be a transcoder where it has a skip map"),
-        ({"skip_connection": False}, "as cfg.json says; it holds W_dec, W_skip"),
-        ({"k": "many"}, "must say k"),
-        ({"k": 99}, r"k must lie in \[1, 24\]"),
-    ]
-    for number, (change, words) in enumerate(changes):
-        folder = copied(tmp_path / "good/h.0.mlp", tmp_path / f"changed.{number}")
-        change_json(folder / "cfg.json", lambda found, change=change: found.update(change))
-        with pytest.raises(ValueError, match=words):
-            load_sparsify(folder)
-    with pytest.raises(FileNotFoundError, match=r"has no cfg\.json"):
-        load_sparsify(tmp_path)
-    damaged = copied(tmp_path / "good/h.0.mlp", tmp_path / "damaged")
-    (damaged / "sae.safetensors").write_bytes(b"\x80\x04")
-    with pytest.raises(ValueError, match="must be safetensors"):
-        load_sparsify(damaged)
-    (damaged / "cfg.json").write_text("[")
-    with pytest.raises(ValueError, match="must be JSON"):
-        load_sparsify(damaged)

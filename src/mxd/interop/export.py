@@ -119,7 +119,10 @@ def export_run(
             left_out += [LeftOut(f"{one.place.block}/{id}", str(error)) for one in members]
             del groups[id]
     if left_out and (students or not groups):
-        raise DoesNotFit(f"{left_out[0].student} cannot be exported: {left_out[0].reason}")
+        # Where nothing was named, the last came closest to fitting.
+        told = left_out[0 if students else -1]
+        nothing = "" if students else f"Nothing of {run} fits {form}. "
+        raise DoesNotFit(f"{nothing}{told.student} cannot be exported: {told.reason}")
     return Exported(fill_folder(folder, lambda place: _write(groups, place, form)), left_out)
 
 

@@ -38,6 +38,8 @@ def fill_folder(folder: Path, fill: Callable[[Path], None]) -> list[Path]:
         partial.mkdir()
         fill(partial)
         names = sorted(path.relative_to(partial) for path in partial.rglob("*") if path.is_file())
+        for inner in {partial, *(partial / name.parent for name in names)}:
+            sync_folder(inner)
         if folder.exists():
             # Not every system renames onto a folder, be it empty.
             folder.rmdir()

@@ -7,7 +7,7 @@ from torch import nn
 
 from mxd.interop.plain import DoesNotFit, Format
 from mxd.layers import SparseLayer
-from mxd.models import MLP_SITES, find_mlp, num_layers
+from mxd.models import MLP_SITES, find_mlp, num_layers, require_widths
 
 
 class Place(NamedTuple):
@@ -35,7 +35,8 @@ def place_of(layer: SparseLayer, model: nn.Module) -> Place:
         model: The Hugging Face language model, with or without weights.
 
     Raises:
-        ValueError: If the layer does not say of which block it is, or the model has no such block or module.
+        ValueError: If the layer does not say of which block it is, or the model has no such block or module, or one of
+            other widths.
     """
     block, path = layer.provenance.layer, layer.provenance.module_path
     if block is None:
@@ -46,6 +47,7 @@ def place_of(layer: SparseLayer, model: nn.Module) -> Place:
     is_listed = cast(Any, model).config.model_type in MLP_SITES
     site = find_mlp(model, block) if is_listed or path is None else None
     if site is not None and path in (None, site.path):
+        require_widths(site, layer)
         is_module = len(site.modules) == 1
         return Place(
             block=block,

@@ -1,4 +1,4 @@
-"""EleutherAI's sparsify: a folder for each hookpoint, with `cfg.json` and `sae.safetensors`.
+"""EleutherAI's sparsify: a folder for each hookpoint, with `cfg.json` and `sae.safetensors`; `mxd.json` is ours.
 
 What its `SparseCoder` computes, as read in eai-sparsify 1.3.3: the k largest of `relu(encoder(x'))`, times rows of
 `W_dec`, plus `b_dec`, plus `x @ W_skip.T`; x' is x for a transcoder (`transcode`) and x less `b_dec` otherwise. There
@@ -30,9 +30,12 @@ from mxd.layers import (
     Transcoder,
     TranscoderConfig,
 )
+from mxd.models.families import USUAL_NAMES
 
 CONFIG_FILE = "cfg.json"
 WEIGHTS_FILE = "sae.safetensors"
+ABOUT_FILE = "mxd.json"
+"""Where the layer comes from, for people."""
 
 
 def require_sparsify(layer: PlainLayer, place: Place) -> None:
@@ -83,24 +86,28 @@ def write_sparsify(layer: PlainLayer, place: Place, about: Mapping[str, JSON], f
         # Read in training alone, and of autoencoders alone.
         "normalize_decoder": bool(about["normalize_decoder"]),
         "d_in": layer.d_in,
-        "mxd": about,
     }
     write_text(target / CONFIG_FILE, json_text(config))
+    # sparsify prints a line about every key of its own file that it does not know.
+    write_text(target / ABOUT_FILE, json_text(about))
 
 
 def load_sparsify(folder: str | Path, *, block: int | None = None) -> SparseLayer:
     """Return a transcoder, skip transcoder or TopK autoencoder that sparsify wrote, or mxd in sparsify's format.
 
-    It is in evaluation mode, on the CPU, in the type that it was saved in. Nothing is unpickled.
+    It is in evaluation mode, on the CPU, in the type that it was saved in. Nothing is unpickled. A coder trained
+    with `multi_topk` becomes what its encoding decodes to; sparsify's own forward returns that of 4k latents, for the
+    loss.
 
     Args:
         folder: The hookpoint's folder, with `cfg.json` and `sae.safetensors`.
-        block: Index of the block whose MLP it stands for; the first number in the folder's name where None.
+        block: Index of the block whose MLP it stands for; where None, the number before the MLP in the folder's name,
+            as in `h.8.mlp`.
 
     Raises:
         FileNotFoundError: If a file is missing.
-        ValueError: If a file is damaged, or the coder is of a kind that mxd has none of (GroupMax, or an autoencoder
-            with a skip map).
+        ValueError: If a file is damaged, the coder is of a kind that mxd has none of (GroupMax, or an autoencoder with
+            a skip map), or no block is given and the folder's name is not that of a block's MLP.
     """
     folder = Path(folder)
     for name in (CONFIG_FILE, WEIGHTS_FILE):
@@ -109,12 +116,20 @@ def load_sparsify(folder: str | Path, *, block: int | None = None) -> SparseLaye
                 f"A coder of sparsify must be a folder with {CONFIG_FILE} and {WEIGHTS_FILE}; {folder} has no {name}. "
                 "Give the folder of one hookpoint."
             )
-    settings = _settings(folder / CONFIG_FILE)
-    tensors = _tensors(folder / WEIGHTS_FILE)
-    layer = _layer_of(settings, tensors, folder)
-    named = re.search(r"\d+", folder.name)
-    layer.provenance = Provenance(layer=int(named[0]) if block is None and named else block)
+    layer = _layer_of(_settings(folder / CONFIG_FILE), _tensors(folder / WEIGHTS_FILE), folder)
+    layer.provenance = Provenance(layer=_block_named(folder) if block is None else block)
     return layer.eval()
+
+
+def _block_named(folder: Path) -> int:
+    # Coders of the residual stream, which have hookpoints such as layers.8, stand for no MLP.
+    named = re.search(rf"(\d+)\.({'|'.join(USUAL_NAMES)})$", folder.resolve().name)
+    if named is None:
+        raise ValueError(
+            f"A coder must be one of a block's MLP, in a folder such as h.8.mlp; this one is in {folder.name!r}. If it "
+            "is of an MLP, say of which block with block=."
+        )
+    return int(named[1])
 
 
 def _settings(path: Path) -> dict[str, Any]:
@@ -156,16 +171,18 @@ def _layer_of(settings: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], 
             f"{', '.join(sorted(tensors)) or 'nothing'}. Fetch both from the same source."
         )
     num_latents, width = tensors["encoder.weight"].shape
-    sizes = {"num_latents": num_latents, "k": cast(int, settings["k"])}
+    k = cast(int, settings["k"])
     with torch.random.fork_rng(devices=[]):
         if settings["skip_connection"]:
-            layer = SkipTranscoder(SkipTranscoderConfig(d_in=width, d_out=width, **sizes))
+            layer = SkipTranscoder(SkipTranscoderConfig(d_in=width, d_out=width, num_latents=num_latents, k=k))
         elif settings["transcode"]:
             # sparsify keeps rows at unit length in autoencoders alone.
-            layer = Transcoder(TranscoderConfig(d_in=width, d_out=width, normalize_decoder=False, **sizes))
+            sizes = TranscoderConfig(d_in=width, d_out=width, num_latents=num_latents, k=k, normalize_decoder=False)
+            layer = Transcoder(sizes)
         else:
             unit = bool(settings.get("normalize_decoder", True))
-            layer = TopKAutoencoder(TopKAutoencoderConfig(d_in=width, normalize_decoder=unit, **sizes))
+            sizes = TopKAutoencoderConfig(d_in=width, num_latents=num_latents, k=k, normalize_decoder=unit)
+            layer = TopKAutoencoder(sizes)
     ours = {
         "W_enc": tensors["encoder.weight"].t(),
         "b_enc": tensors["encoder.bias"],
