@@ -23,6 +23,7 @@ from mxd.interop.plain import plain_layer
 from mxd.interop.saelens import require_saelens, write_saelens
 from mxd.interop.sparsify import require_sparsify
 from mxd.layers import LAYERS, Provenance, SelectionName, SparseCode, Transcoder, TranscoderConfig
+from mxd.models import MLP_SITES
 from tests.exported_layers import (
     CASES,
     D_MODEL,
@@ -238,6 +239,21 @@ def test_a_module_that_is_not_the_blocks_mlp_fits_where_modules_are_named(tmp_pa
     layer.provenance = Provenance(layer=1, module_path="model.layers.1.mlp")
     with pytest.raises(ValueError, match="with the model that it was trained on"):
         export_layers([layer], tmp_path / "b", "sparsify", model=GPT2)
+
+
+def test_a_layer_of_a_family_that_is_not_listed_fits_where_modules_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(MLP_SITES, "gpt2")
+    layer = a_layer("transcoder", block=1)
+    with pytest.raises(ValueError, match="of a family that"):
+        export_layers([layer], tmp_path / "a", "sparsify", model=GPT2)
+    layer.provenance = Provenance(layer=1, module_path="transformer.h.1.mlp")
+    export_layers([layer], tmp_path / "a", "sparsify", model=GPT2)
+    assert_near(restated("sparsify", tmp_path / "a", 1, inputs()), layer(inputs()).prediction)
+    for form in ("saelens", "circuit-tracer"):
+        with pytest.raises(DoesNotFit, match="of a listed family alone"):
+            export_layers([layer], tmp_path / "b", form, model=GPT2)
 
 
 def test_a_layer_must_know_its_block_and_the_model_have_it(tmp_path: Path) -> None:

@@ -58,6 +58,7 @@ def require_whole_set(members: Sequence[Member]) -> None:
     """
     blocks = [place.block for _, place in members]
     num_blocks = members[0].place.num_blocks
+    assert num_blocks is not None, "each is a block's MLP"
     missing = [block for block in range(num_blocks) if block not in blocks]
     if missing:
         raise DoesNotFit(
@@ -65,8 +66,6 @@ def require_whole_set(members: Sequence[Member]) -> None:
             f"{', '.join(map(str, missing))} {'is' if len(missing) == 1 else 'are'} missing. Train the missing ones "
             "too, with equal settings."
         )
-    if len(blocks) > num_blocks:
-        raise DoesNotFit(f"circuit-tracer takes one layer for each block; got blocks {', '.join(map(str, blocks))}.")
     for name in ("num_latents", "rule", "d_in", "dtype_name"):
         found = {str(getattr(layer, name)) for layer, _ in members}
         if len(found) > 1:

@@ -15,8 +15,8 @@ class Place(NamedTuple):
 
     block: int
     """Index of its block."""
-    num_blocks: int
-    """Number of blocks of the model."""
+    num_blocks: int | None
+    """Number of blocks of the model; None where the place is not a block's own MLP."""
     path: str
     """Dotted path of its module in the Hugging Face model."""
     hookpoint: str | None
@@ -65,7 +65,7 @@ def place_of(layer: SparseLayer, model: nn.Module) -> Place:
         )
     return Place(
         block=block,
-        num_blocks=num_layers(model),
+        num_blocks=None,
         path=path,
         hookpoint=_below_base(model, path),
         adds_residual=False,
