@@ -3,7 +3,7 @@
 import json
 import re
 from pathlib import Path
-from typing import get_args
+from typing import Any, cast, get_args
 
 import pytest
 import torch
@@ -199,34 +199,36 @@ def test_circuit_tracer_needs_alike_layers_for_every_block(
     assert list(tmp_path.iterdir()) == []
 
 
-PLACES = {
-    "gpt2": "h.1.mlp",
-    "llama": "layers.1.mlp",
-    "gpt_neox": "layers.1.mlp",
-    "opt": None,
-    "bloom": None,
-}
+PLACES = {"gpt2": "h.1.mlp", "llama": "layers.1.mlp", "gpt_neox": "layers.1.mlp"}
 
 
 @pytest.mark.parametrize("model_type", PLACES)
 def test_places_are_named_as_each_tool_does(model_type: str, tmp_path: Path) -> None:
-    model, layer = outline(model_type), a_layer("transcoder", block=1)
-    hookpoint = PLACES[model_type]
-    if hookpoint is None:
-        with pytest.raises(DoesNotFit, match=r"hooks one module|adds the residual stream"):
-            export_layers([layer], tmp_path / "a", "sparsify", model=model)
-    else:
-        export_layers([layer], tmp_path / "a", "sparsify", model=model)
-        assert {path.name for path in (tmp_path / "a").iterdir()} == {hookpoint, CARD_FILE}
-        assert hookpoint in dict(model.base_model.named_modules())  # pyright: ignore[reportCallIssue, reportArgumentType, reportAttributeAccessIssue]
-    export_layers([layer], tmp_path / "b", "saelens", model=model)
-    metadata = json.loads((tmp_path / "b/blocks.1.mlp/cfg.json").read_text())["metadata"]
-    assert (metadata["hook_name"], metadata["hook_name_out"]) == ("blocks.1.mlp.hook_in", "blocks.1.mlp.hook_out")
-    sae = a_layer("topk-sae", block=1)
-    export_layers([sae], tmp_path / "c", "saelens", model=model)
-    metadata = json.loads((tmp_path / "c/blocks.1.mlp/cfg.json").read_text())["metadata"]
-    assert metadata["hook_name"] == "blocks.1.mlp.hook_out"
-    assert "hook_name_out" not in metadata
+    model, layer, sae = outline(model_type), a_layer("transcoder", block=1), a_layer("topk-sae", block=1)
+    export_layers([layer], tmp_path / "a", "sparsify", model=model)
+    assert {path.name for path in (tmp_path / "a").iterdir()} == {PLACES[model_type], CARD_FILE}
+    assert PLACES[model_type] in dict(cast(Any, model).base_model.named_modules())
+    for name, one, hooks in (
+        ("b", layer, ("blocks.1.mlp.hook_in", "blocks.1.mlp.hook_out")),
+        ("c", sae, ("blocks.1.mlp.hook_out", None)),
+    ):
+        export_layers([one], tmp_path / name, "saelens", model=model)
+        metadata = json.loads((tmp_path / name / "blocks.1.mlp/cfg.json").read_text())["metadata"]
+        assert (metadata["hook_name"], metadata.get("hook_name_out")) == hooks
+    export_layers(whole_set("transcoder"), tmp_path / "d", "circuit-tracer", model=model)
+    config = yaml.safe_load((tmp_path / "d/config.yaml").read_text())
+    assert (config["feature_input_hook"], config["feature_output_hook"]) == ("mlp.hook_in", "mlp.hook_out")
+
+
+@pytest.mark.parametrize(("model_type", "words"), [("opt", "hooks one module"), ("bloom", "adds the residual stream")])
+@pytest.mark.parametrize("form", ["sparsify", "saelens"])
+def test_mlps_that_are_no_module_of_their_own_fit_circuit_tracer_alone(
+    model_type: str, words: str, form: Format, tmp_path: Path
+) -> None:
+    model = outline(model_type)
+    with pytest.raises(DoesNotFit, match=words):
+        export_layers([a_layer("transcoder", block=1)], tmp_path / "a", form, model=model)
+    export_layers(whole_set("transcoder"), tmp_path / "b", "circuit-tracer", model=model)
 
 
 def test_a_module_that_is_not_the_blocks_mlp_fits_where_modules_are_named(tmp_path: Path) -> None:

@@ -86,5 +86,20 @@ def require_the_blocks_mlp(place: Place, form: Format) -> None:
         )
 
 
+def require_own_module(place: Place, form: Format) -> None:
+    """Check that the MLP is one module that returns nothing else, for tools that hook the modules of the model itself.
+
+    Raises:
+        DoesNotFit: If it is not.
+    """
+    fits = "What fits: --format circuit-tracer, whose models have MLPs of their own."
+    if place.hookpoint is None:
+        raise DoesNotFit(f"{form} hooks one module; the MLP at {place.path} is several. {fits}")
+    if place.adds_residual:
+        raise DoesNotFit(
+            f"{form} takes a module's whole output; {place.path} adds the residual stream to the MLP's. {fits}"
+        )
+
+
 def _below_base(model: nn.Module, path: str) -> str:
     return re.sub(rf"^{re.escape(cast(Any, model).base_model_prefix)}\.", "", path)

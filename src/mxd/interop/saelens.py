@@ -14,7 +14,7 @@ import torch
 
 from mxd.atomic import JSON, json_text
 from mxd.interop.files import write_tensors, write_text
-from mxd.interop.places import Place, require_the_blocks_mlp
+from mxd.interop.places import Place, require_own_module, require_the_blocks_mlp
 from mxd.interop.plain import DoesNotFit, PlainLayer, require_one_width
 from mxd.layers import SelectionName
 
@@ -43,6 +43,7 @@ def require_saelens(layer: PlainLayer, place: Place) -> None:
     if layer.rule == "topk":
         require_one_width(layer, "saelens")
     require_the_blocks_mlp(place, "saelens")
+    require_own_module(place, "saelens")
 
 
 def write_saelens(layer: PlainLayer, place: Place, about: Mapping[str, JSON], folder: Path) -> None:

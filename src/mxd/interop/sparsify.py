@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from mxd.atomic import JSON, json_text
 from mxd.interop.files import write_tensors, write_text
-from mxd.interop.places import Place
+from mxd.interop.places import Place, require_own_module
 from mxd.interop.plain import DoesNotFit, PlainLayer, require_one_width
 from mxd.layers import (
     Provenance,
@@ -51,16 +51,7 @@ def require_sparsify(layer: PlainLayer, place: Place) -> None:
             f"above {'a threshold' if layer.rule == 'batch-topk' else 'zero'}. What fits: --format saelens or "
             "circuit-tracer, or a layer that was trained with selection topk."
         )
-    if place.hookpoint is None:
-        raise DoesNotFit(
-            f"sparsify hooks one module; the MLP at {place.path} is several. What fits: --format saelens or "
-            "circuit-tracer."
-        )
-    if place.adds_residual:
-        raise DoesNotFit(
-            f"sparsify takes a module's whole output; {place.path} adds the residual stream to the MLP's. What fits: "
-            "--format saelens or circuit-tracer."
-        )
+    require_own_module(place, "sparsify")
 
 
 def write_sparsify(layer: PlainLayer, place: Place, about: Mapping[str, JSON], folder: Path) -> None:
