@@ -17,6 +17,15 @@ from tests import tiny_model
 from tests.exported_layers import CASES, D_MODEL, FITTING, NUM_BLOCKS, K, a_layer, inputs, outline, whole_set
 
 GPT2 = outline()
+GROUPED = {"num_key_value_heads": 2, "head_dim": 8}
+OTHERS: dict[str, dict[str, int]] = {
+    "gpt_neox": {},
+    "phi": {"num_key_value_heads": 2},
+    "qwen3": GROUPED,
+    "gemma2": GROUPED,
+    "olmo2": {"num_key_value_heads": 2},
+}
+"""Families beside GPT-2 and Llama, and what else their sizes are: MLPs beside attention, and norms behind them."""
 
 
 def peer(module: str, package: str) -> Any:
@@ -146,7 +155,7 @@ def test_circuit_tracer_makes_graphs_of_what_the_mlps_read(kind: str, selection:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", *OTHERS])
 def test_saelens_hooks_are_what_the_mlp_reads_and_returns(family: str, tmp_path: Path) -> None:
     peer("sae_lens", "sae-lens")
     bridges = importlib.import_module("sae_lens.analysis.sae_transformer_bridge")
@@ -199,9 +208,10 @@ def _loaded(folder: Path, blocks: int, selection: SelectionName) -> Any:
 def _model(family: str, folder: Path) -> Path:
     """Write a tiny model whose norms have weights, so that before and behind these is not the same."""
     tiny_model.write_model(folder, "gpt2" if family == "gpt2" else "llama")
-    if family == "gpt_neox":
+    if family in OTHERS:
         sizes = {"hidden_size": D_MODEL, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 2}
-        config = hf.AutoConfig.for_model(family, vocab_size=259, max_position_embeddings=64, **sizes)
+        sizes |= {"vocab_size": 259, "max_position_embeddings": 64, "pad_token_id": 258, **OTHERS[family]}
+        config = hf.AutoConfig.for_model(family, **sizes)
     else:
         config = hf.AutoConfig.from_pretrained(folder)
     with torch.random.fork_rng(devices=[]):
