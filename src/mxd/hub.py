@@ -93,7 +93,7 @@ def model_card(folder: str | Path) -> str:
         raise FileNotFoundError(f"{folder} must hold a layer or a finished run; it has neither. Check the path.")
     layers = {path.relative_to(folder).as_posix(): load_checkpoint(path) for path in paths}
     origins = [layer.provenance for layer in layers.values() if layer.provenance.model]
-    models = sorted({str(origin.model) for origin in origins if _is_of_the_hub(origin)})
+    models = sorted({str(origin.model) for origin in origins if is_of_the_hub(origin)})
     names = models or sorted({Path(str(origin.model)).name for origin in origins})
     header = ModelCardData(
         library_name="mxd", base_model=models or None, tags=["mechanistic-interpretability", "mixture-of-decoders"]
@@ -118,7 +118,7 @@ def model_card(folder: str | Path) -> str:
     return "\n\n".join(lines) + "\n"
 
 
-def _is_of_the_hub(origin: Provenance) -> bool:
+def is_of_the_hub(origin: Provenance) -> bool:
     """Whether a layer's model has an id: the hub refuses others, and a folder's place is the trainer's own business."""
     looks_like_one = re.fullmatch(r"[\w.-]+/[\w.-]+", str(origin.model)) is not None
     return origin.revision is not None or (looks_like_one and not Path(str(origin.model)).exists())

@@ -72,6 +72,7 @@ def _commands(called: list[str], recipe: str | None, arguments: list[str]) -> di
     from mxd.cli.evaluate import evaluate
     from mxd.cli.explain import explain
     from mxd.cli.explore import explore
+    from mxd.cli.export import export
     from mxd.cli.frontier import frontier
     from mxd.cli.pretrain import pretrain_from
     from mxd.cli.probe import probe
@@ -87,6 +88,7 @@ def _commands(called: list[str], recipe: str | None, arguments: list[str]) -> di
         "edit": edit,
         "explore": explore,
         "explain": explain,
+        "export": export,
         "pretrain": pretrain_from(recipe if called == ["pretrain"] else None),
         "privacy": _privacy,
         "demo": demo,

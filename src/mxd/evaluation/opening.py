@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
+from torch import nn
 
 from mxd.atomic import JSON
 from mxd.bundled import MODEL_NAME, held_out_modules
@@ -18,6 +19,7 @@ from mxd.models import (
     LanguageModel,
     fingerprint,
     load_language_model,
+    load_outline,
     load_tokenizer,
     resolve_device,
     vocabulary_size,
@@ -100,6 +102,23 @@ def load_run_model(
             "with --model, or train anew."
         )
     return language_model._replace(id=config["model"])
+
+
+def load_run_outline(run: Path, description: Mapping[str, Any], model: str | None = None) -> nn.Module:
+    """Load the language model that a run was trained on without its weights: where its modules are.
+
+    Args:
+        run: The run's folder, for messages.
+        description: Its run.json.
+        model: Where the model is now (a folder or an id on the hub); where the run found it if None.
+
+    Raises:
+        FileNotFoundError: If there is no model where the run found it.
+        ValueError: If transformers cannot make the model of its configuration.
+    """
+    place = _model_place(description, model)
+    with finding_model(str(run), place.name, is_given=model is not None):
+        return load_outline(place.name, revision=place.revision)
 
 
 def open_run(

@@ -10,7 +10,7 @@ from mxd.bundled import MODEL_NAME, bundled_model_folder
 from mxd.models.sites import require_causal
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -78,6 +78,33 @@ def load_language_model(
     commit = getattr(model.config, "_commit_hash", None)
     cast("torch.nn.Module", model).to(device).eval().requires_grad_(False)
     return LanguageModel(model, tokenizer, model_id, commit if isinstance(commit, str) else revision)
+
+
+def load_outline(model_id: str, *, revision: str | None = None) -> torch.nn.Module:
+    """Return a language model without its weights, from its config.json alone: where its modules are and how wide.
+
+    Its tensors are on the device `meta`; it cannot be run.
+
+    Args:
+        model_id: A hub id, a local folder, or `bundled`.
+        revision: Branch, tag or commit on the hub.
+
+    Raises:
+        FileNotFoundError: If there is no such folder.
+        ValueError: If the hub has no such model or cannot be reached, it reads in both directions, or transformers does
+            not know its architecture.
+    """
+    from transformers import AutoModelForCausalLM
+
+    source = _source(model_id)
+    config = _load_config(model_id, source, revision, trust_remote_code=False)
+    try:
+        with torch.device("meta"):
+            model: object = AutoModelForCausalLM.from_config(config)
+    # As in loading the whole model.
+    except Exception as error:
+        _explain_weights(model_id, error)
+    return cast("torch.nn.Module", model).eval()
 
 
 def load_tokenizer(model_id: str, *, revision: str | None = None) -> "PreTrainedTokenizerBase":
@@ -156,16 +183,10 @@ def _load_model(
     dtype: Literal["auto"] | torch.dtype,
     trust_remote_code: bool,
 ) -> "PreTrainedModel":
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
-    try:
-        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
-    # Everything, on purpose: the config is a stranger's, and what its values lead to inside transformers (a division by
-    # zero, a missing attribute, huggingface_hub's own validation errors) has no common base.
-    except Exception as error:
-        _explain_config(model_id, revision, error)
-    require_causal(config, model_id)
+    config = _load_config(model_id, source, revision, trust_remote_code)
     verbosity = transformers_logging.get_verbosity()
     # Its report on missing and mismatched weights is a table; ours is a sentence.
     transformers_logging.set_verbosity_error()
@@ -193,6 +214,19 @@ def _load_model(
             f"({', '.join(missing[:3])}). Give a complete checkpoint of a causal language model."
         )
     return model
+
+
+def _load_config(model_id: str, source: str, revision: str | None, trust_remote_code: bool) -> "PreTrainedConfig":
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
+    # Everything, on purpose: the config is a stranger's, and what its values lead to inside transformers (a division by
+    # zero, a missing attribute, huggingface_hub's own validation errors) has no common base.
+    except Exception as error:
+        _explain_config(model_id, revision, error)
+    require_causal(config, model_id)
+    return cast("PreTrainedConfig", config)
 
 
 def _load_tokenizer(
