@@ -162,11 +162,10 @@ def _draw(cells: Grid, kinds: Sequence[str], title: str) -> Figure:
             _scale(
                 axes,
                 [
-                    row.ce_increase
-                    for cell in cells
+                    fmean(row.ce_increase for row in rows)
+                    for cell, of_kinds in cells.items()
                     if cell.layer == layer
-                    for rows in cells[cell].values()
-                    for row in rows
+                    for rows in of_kinds.values()
                 ],
             )
             axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
