@@ -1,6 +1,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from mxd.layers import LAYERS, LayerKind
@@ -61,3 +62,17 @@ def mxd(capsys: pytest.CaptureFixture[str]) -> Command:
 def trainer(llama: Path, text: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Trainer:
     """`mxd train` on a tiny model, called in this process, where its steps can be told."""
     return Trainer(llama, text, capsys, monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Digits of a sort: the class is where the image is bright."""
+    folder = tmp_path_factory.mktemp("images")
+    random = np.random.default_rng(0)
+    for name, count in (("train", 200), ("test", 60)):
+        labels = random.integers(0, 4, count)
+        pixels = random.integers(0, 60, (count, 8, 8)).astype(np.uint8)
+        for image, label in zip(pixels, labels, strict=True):
+            image[4 * (label // 2) :][:4, 4 * (label % 2) :][:, :4] += 150
+        np.savez(folder / f"{name}.npz", images=pixels, labels=labels)
+    return folder

@@ -1,6 +1,11 @@
 """Small examples and models for the tests of `mxd.privacy`."""
 
+from pathlib import Path
+from typing import Any, cast
+
+import pyarrow
 import torch
+from pyarrow import csv, parquet
 from torch import nn
 
 from mxd.privacy.examples import Examples
@@ -34,3 +39,13 @@ def trained(examples: Examples, seed: int = 0) -> nn.Sequential:
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return model.eval()
+
+
+def save_table(path: Path, columns: dict[str, list[Any]]) -> Path:
+    """Write a table as .csv or .parquet, whichever the name says; return where."""
+    table: Any = cast(Any, pyarrow).table(columns)
+    if path.suffix == ".csv":
+        cast(Any, csv).write_csv(table, path)
+    else:
+        cast(Any, parquet).write_table(table, path)
+    return path
