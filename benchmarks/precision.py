@@ -83,6 +83,8 @@ class Options:
     """Latents active for each token."""
     seeds: int = 2
     """Seeds of each precision; at least two, so that they can be compared."""
+    first_seed: int = 0
+    """The lowest of them."""
     eval_tokens: int | None = None
     """Held-out tokens to evaluate on, at most; as of mxd evaluate if not given."""
     threads: int | None = None
@@ -145,8 +147,8 @@ def save_float32_copy(model: str, folder: Path) -> None:
 def run(options: Options, setting: Setting, model: Path, out: Path) -> Finished:
     precision, *control = setting.split(",")
     asked: dict[str, object] = {"model": model, "layer": options.layer, "kind": options.kind, "k": options.k}
-    asked |= {"tokens": options.tokens, "seeds": options.seeds, "schedule": options.schedule}
-    asked |= {"precision": precision, "device": "cpu", "out": out}
+    asked |= {"tokens": options.tokens, "seed": options.first_seed, "seeds": options.seeds}
+    asked |= {"schedule": options.schedule, "precision": precision, "device": "cpu", "out": out}
     optional = {"threads": options.threads, "warmup-tokens": options.warmup_tokens}
     asked |= {name: value for name, value in optional.items() if value is not None}
     started = time.perf_counter()
