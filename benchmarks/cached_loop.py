@@ -120,6 +120,7 @@ def main(options: Options) -> None:
             model=str(folder / "model"),
             text=("stdlib",),
             layer=(0,),
+            kind=("mxd",),
             tokens=options.tokens,
             precision="bfloat16",
             cache=str(folder / "cache"),
