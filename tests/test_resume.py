@@ -301,7 +301,9 @@ def test_a_run_whose_warm_up_would_come_out_otherwise_is_not_resumed(
     (run / "run.json").write_text(json.dumps(stored | begun_with))
     ended = trainer(run, "--resume")
     assert ended.status == 2
-    assert f"warmup_steps ({begun_with.get('warmup_steps', 'absent')} → " in trainer.last_line(ended)
+    line = trainer.last_line(ended)
+    assert f"warmup_steps ({begun_with.get('warmup_steps', 'absent')} → " in line
+    assert "continue it with the version of mxd that began it or name another --out." in line
 
 
 def test_a_resumed_run_keeps_its_threads_and_precision(

@@ -43,7 +43,7 @@ def mlp_weights(site: MlpSite) -> MlpWeights:
                 return weights
     raise ValueError(
         f"the MLP at {site.path} must be dense linear maps around a known activation for a layer to begin as it; "
-        "it computes something else. Begin with --init paper."
+        "it computes something else. Begin with --init paper, or name another --kind."
     )
 
 

@@ -133,12 +133,15 @@ def reopen_run(path: Path, configuration: Mapping[str, JSON], ignore: Collection
 def _refusal(path: Path, differing: "Sequence[_Difference]") -> str:
     """Return what differs and what to do about it: options can be asked for, versions have to be installed."""
     versions = [difference for difference in differing if difference.name.startswith(f"{VERSIONS}.")]
-    others = [str(difference) for difference in differing if difference not in versions]
+    others = [difference for difference in differing if difference not in versions]
     sentences: list[str] = []
     if others:
+        # What comes out otherwise of the same options cannot be asked for.
+        is_of_version = all("." not in difference.name for difference in others)
+        remedy = "continue it with the version of mxd that began it" if is_of_version else "ask for the stored values"
         sentences.append(
-            f"{path} was started with another configuration (stored → asked): {', '.join(others)}; "
-            "ask for the stored values or name another --out."
+            f"{path} was started with another configuration (stored → asked): {', '.join(map(str, others))}; "
+            f"{remedy} or name another --out."
         )
     if versions:
         packages = [

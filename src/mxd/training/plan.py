@@ -66,6 +66,9 @@ class Plan:
         model = self.language_model
         # Absent where there are none, as in the run.json of older runs.
         sources: dict[str, JSON] = {"sources": dict(self.sources)} if self.sources else {}
+        # What `auto` came to: another version may say otherwise, and a run goes on as it began.
+        is_chosen = self.config.warmup_tokens == "auto"
+        warmup: dict[str, JSON] = {"warmup_steps": self.schedule.warmup_steps} if is_chosen else {}
         return {
             "command": "train",
             WORKING_FOLDER: str(Path.cwd()),
@@ -82,8 +85,7 @@ class Plan:
             "students": [cast(JSON, asdict(plan)) for plan in self.students],
             **sources,
             "steps": self.steps,
-            # What `auto` came to: another version may say otherwise, and a run goes on as it began.
-            "warmup_steps": self.schedule.warmup_steps,
+            **warmup,
             "versions": {"python": sys.version.split()[0], **versions},
         }
 

@@ -74,8 +74,8 @@ class StudentConfig:
     inherits: bool = False
     """Whether the layer begins with weights of the model's MLP."""
     shared_penalty: float = 0.0
-    """What is charged for the variance that no latent carries, about the mean of the pass's tokens; 0 charges
-    nothing."""
+    """What is charged for the variance that no latent carries, about the batch's mean; 0 charges nothing. Where a batch
+    is learnt in parts, the shared expert runs once more, for that mean."""
     random_k_seed: int | None = None
     """Seed of the number of active latents that is drawn each step; None keeps the layer's own."""
     micro_batch_tokens: int | None = None
