@@ -157,7 +157,7 @@ def test_square_brackets_in_names_are_shown_as_they_are(mxd: Command, tiny: Tiny
     run = tmp_path / "[bold]a" / "[b]"
     ended = mxd(*training(tiny, run))
     assert ended.status == 0
-    assert f"Wrote 1 layers to {run}/layers." in ended.err
+    assert f"Wrote 1 layer to {run}/layers." in ended.err
     ended = mxd("evaluate", run)
     assert ended.status == 0
     assert f"Wrote {run}/evaluation.json" in ended.err

@@ -27,3 +27,13 @@ def gib(count: int) -> str:
             amount = count / size
             return f"{float(f'{amount:.3g}'):g} {unit}" if amount < 999.5 else f"{amount:,.0f} {unit}"
     return f"{count} B"
+
+
+def counted(count: int, thing: str) -> str:
+    """Return a count in full and what it counts, in the plural where it is not one.
+
+    Example:
+        >>> counted(1, "layer"), counted(1234, "document"), counted(0, "thread")
+        ('1 layer', '1,234 documents', '0 threads')
+    """
+    return f"{count:,} {thing}{'' if count == 1 else 's'}"

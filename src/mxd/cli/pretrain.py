@@ -14,6 +14,7 @@ from mxd.cli.output import go_on_with_resume, notes, print_json
 from mxd.pretraining.config import ImageConfig, LanguageConfig, PretrainConfig
 from mxd.pretraining.recipes import RECIPES, find_recipe
 from mxd.pretraining.run import MAY_DIFFER, MODEL_FOLDER, PretrainPlan, finished_result, make_plan, run_plan
+from mxd.quantities import counted
 from mxd.runs.faults import TrainingInterrupted
 from mxd.runs.run import is_run, read_configuration, reopen_run, require_place
 
@@ -160,5 +161,5 @@ def _show(plan: PretrainPlan, console: Console) -> None:
     config, task = plan.config, plan.task
     console.print(
         f"{config.recipe}: {plan.parameters:,} parameters, {task.steps:,} steps of {task.units_per_step:,} "
-        f"{task.unit}; {plan.device}, {plan.precision}, {plan.threads} threads."
+        f"{task.unit}; {plan.device}, {plan.precision}, {counted(plan.threads, 'thread')}."
     )

@@ -17,7 +17,7 @@ from mxd.atomic import JSON
 from mxd.bundled import MODEL_NAME
 from mxd.cli.output import go_on_with_resume, notes
 from mxd.memory import available_memory
-from mxd.quantities import gib
+from mxd.quantities import counted, gib
 from mxd.recipes import RECIPES, find_recipe
 from mxd.runs.faults import TrainingInterrupted
 from mxd.runs.metrics_log import TensorBoardSink, WandbSink
@@ -104,7 +104,9 @@ def train(
         decompose(plan, out, resume=resume, snapshot_every=snapshot_every, sinks=_sinks(plan, out, tensorboard, wandb))
     except (TrainingInterrupted, KeyboardInterrupt) as error:
         raise go_on_with_resume(error) from error
-    console.print(f"Wrote {len(plan.students)} layers to {out}/layers. Next: mxd evaluate {out}", soft_wrap=True)
+    console.print(
+        f"Wrote {counted(len(plan.students), 'layer')} to {out}/layers. Next: mxd evaluate {out}", soft_wrap=True
+    )
 
 
 def _require_packages(wanted: Mapping[str, bool]) -> None:
@@ -216,7 +218,7 @@ def _steps(config: TrainConfig) -> str:
 def _show(plan: Plan, workload: Workload, console: Console) -> None:
     _show_students(f"{plan.language_model.id} on {plan.text.name}", workload, console)
     if (counts := plan.text.counts) is not None:
-        documents = f"{counts.documents:,} document{'s' if counts.documents != 1 else ''}"
+        documents = counted(counts.documents, "document")
         needed = (
             ""
             if counts.held_out
@@ -246,8 +248,8 @@ def _show_estimates(workload: Workload, console: Console) -> None:
     needed, resources = memory(workload), workload.resources
     parameters = sum(cost.parameters for cost in workload.costs)
     console.print(
-        f"{parameters:,} parameters in {len(workload.students)} students; {resources.device}, {resources.precision}, "
-        f"{resources.threads} threads."
+        f"{parameters:,} parameters in {counted(len(workload.students), 'student')}; {resources.device}, "
+        f"{resources.precision}, {counted(resources.threads, 'thread')}."
     )
     available = available_memory(resources.device)
     there = (

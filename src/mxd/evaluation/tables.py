@@ -10,7 +10,7 @@ from rich.text import Text
 from mxd.evaluation.drawing import describe, group_name, split_student
 from mxd.evaluation.grid import layer_name
 from mxd.evaluation.rows import TOGETHER, EvaluationRow
-from mxd.quantities import compact
+from mxd.quantities import compact, counted
 
 
 class Column(NamedTuple):
@@ -131,7 +131,7 @@ COLUMNS = (
 
 
 def _agreement(tokens: int) -> Column:
-    tokens_long = f"{tokens} token" + ("s" if tokens > 1 else "")
+    tokens_long = counted(tokens, "token")
     meaning = f"Share of prompts whose greedy continuation begins with the model's own {tokens_long}; higher is better"
     return Column("ngram_agreement", f"Same {tokens_long}", str(tokens), meaning, _percent, "higher", tokens - 1)
 
