@@ -145,7 +145,9 @@ def test_code_that_comes_with_a_model_is_not_run_and_nobody_is_asked(
     with_evil_code(folder, folder / "config.json")
     answers = io.StringIO("y\ny\n")
     monkeypatch.setattr(sys, "stdin", answers)
-    with pytest.raises(ValueError, match=r"^A model must need no code of its own .*found '.*' with Python code\. .*\.$"):
+    with pytest.raises(
+        ValueError, match=r"^A model must need no code of its own .*found '.*' with Python code\. .*\.$"
+    ):
         load(str(folder))
     assert (answers.tell(), capsys.readouterr().out) == (0, "")
     assert not (folder / "ran").exists()
