@@ -18,7 +18,6 @@ from mxd.hub import CARD_FILE
 from mxd.interop import FORMATS, DoesNotFit, Format, export_layers, export_run, load_sparsify
 from mxd.interop.card import LOADING
 from mxd.interop.circuit_tracer import require_circuit_tracer
-from mxd.interop.files import yaml_text
 from mxd.interop.places import place_of
 from mxd.interop.plain import plain_layer
 from mxd.interop.saelens import require_saelens, write_saelens
@@ -239,11 +238,14 @@ def test_mlps_that_are_no_module_of_their_own_fit_circuit_tracer_alone(
 
 def test_a_module_that_is_not_the_blocks_mlp_fits_where_modules_are_named(tmp_path: Path) -> None:
     layer = a_layer("transcoder", block=1)
-    layer.provenance = Provenance(layer=1, module_path="transformer.h.1.mlp.c_fc")
+    layer.provenance = Provenance(layer=1, module_path="transformer.h.1.attn.c_proj")
     export_layers([layer], tmp_path / "a", "sparsify", model=GPT2)
-    assert (tmp_path / "a/h.1.mlp.c_fc/cfg.json").is_file()
-    with pytest.raises(DoesNotFit, match=r"this layer is of transformer\.h\.1\.mlp\.c_fc"):
+    assert (tmp_path / "a/h.1.attn.c_proj/cfg.json").is_file()
+    with pytest.raises(DoesNotFit, match=r"this layer is of transformer\.h\.1\.attn\.c_proj"):
         export_layers([layer], tmp_path / "b", "saelens", model=GPT2)
+    layer.provenance = Provenance(layer=1, module_path="transformer.h.1.mlp.c_fc")
+    with pytest.raises(ValueError, match=r"'transformer\.h\.1\.mlp\.c_fc' must have \(d_in, d_out\) = \(16, 64\)"):
+        export_layers([layer], tmp_path / "b", "sparsify", model=GPT2)
     layer.provenance = Provenance(layer=1, module_path="model.layers.1.mlp")
     with pytest.raises(ValueError, match="with the model that it was trained on"):
         export_layers([layer], tmp_path / "b", "sparsify", model=GPT2)
@@ -308,12 +310,6 @@ def test_equal_layers_give_equal_files(tmp_path: Path) -> None:
             export_layers(whole_set("transcoder"), tmp_path / form / name, form, model=GPT2)
         one, other = (list(tree(tmp_path / form / name).values()) for name in ("a", "b"))
         assert one == other
-
-
-@pytest.mark.parametrize("value", ["plain", "two: one", '"x" # y', "ü\x1b[31m\x85", "line\nbreak", "yes", "1e3", "~"])
-def test_settings_are_the_same_in_yaml(value: str) -> None:
-    values = {"name": value, "number": 3, "nested": {"none": None, "many": [True, 1.5, value]}}
-    assert yaml.safe_load(yaml_text(values)) == values
 
 
 def test_a_run_is_exported_by_id_and_what_does_not_fit_is_named(mxd: Command, tiny: TinyRun, tmp_path: Path) -> None:

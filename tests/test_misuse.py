@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 import mxd
+import mxd.interop
 from tests.test_models import IDS, model_of
 
 
@@ -121,6 +122,18 @@ CASES: dict[str, tuple[Wrong, str]] = {
     "no token that passes": (
         lambda m, gpt2: m.enter(m.mxd.replace_mlp(gpt2, {1: m.LAYER}, passthrough=[None])),
         "TypeError: passthrough must be several token ids",
+    ),
+    "a model in a tuple to export for": (
+        lambda m, gpt2: m.mxd.interop.export_layers([m.LAYER], "out", "sparsify", model=m.Pair(gpt2)),
+        "TypeError: model must be a Hugging Face language model; got Pair. Give its .model.",
+    ),
+    "a layer to export": (
+        lambda m, gpt2: m.mxd.interop.export_layers(m.LAYER, "out", "sparsify", model=gpt2),
+        "TypeError: layers must be a list of layers, such as [layer]; got Transcoder.",
+    ),
+    "folders of layers to export": (
+        lambda m, gpt2: m.mxd.interop.export_layers(["RUN/layers/1"], "out", "sparsify", model=gpt2),
+        "TypeError: layers must be a list of sparse layers; got one with 'RUN/layers/1'. Load layers with mxd.load.",
     ),
     "blocks to ablate": (
         lambda m, gpt2: m.enter(m.mxd.ablate_mlp(gpt2, [1])),
