@@ -68,8 +68,14 @@ def test_kinds_that_fit_no_format_are_not_loaded(
     assert len(loaded) == 6
 
 
-PLACES = ["/home/someone/secret/my-model", "./secret/my-model", "../secret/my-model/", "~/secret/my-model"]
-PLACES += ["secret/deep/my-model", "C:\\Users\\secret\\my-model"]
+PLACES = [
+    "/home/someone/secret/my-model",
+    "./secret/my-model",
+    "../secret/my-model/",
+    "~/secret/my-model",
+    "secret/deep/my-model",
+    "C:\\Users\\secret\\my-model",
+]
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -221,7 +227,10 @@ def test_places_that_cannot_become_a_folder_are_refused_before_any_work(
 
 
 def test_a_volume_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Path, "is_mount", lambda path: path == tmp_path)
+    def is_mount(path: Path) -> bool:
+        return path == tmp_path
+
+    monkeypatch.setattr(Path, "is_mount", is_mount)
     with pytest.raises(ValueError, match=r"a volume is mounted, and cannot be replaced\. Name a new folder in it"):
         require_new_folder(tmp_path, "It")
     require_new_folder(tmp_path / "in it", "It")

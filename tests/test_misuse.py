@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import mxd
-import mxd.interop
+from mxd.interop import export_layers
 from tests.test_models import IDS, model_of
 
 
@@ -42,6 +42,10 @@ MXD = mxd.MixtureOfDecoders(mxd.MixtureOfDecodersConfig(d_in=32, d_hidden=8, d_o
 def enter(context: AbstractContextManager[object]) -> None:
     with context:
         pass
+
+
+def export(layers: Any, model: Any) -> None:
+    export_layers(layers, "out", "sparsify", model=model)
 
 
 def under_autocast() -> None:
@@ -124,15 +128,15 @@ CASES: dict[str, tuple[Wrong, str]] = {
         "TypeError: passthrough must be several token ids",
     ),
     "a model in a tuple to export for": (
-        lambda m, gpt2: m.mxd.interop.export_layers([m.LAYER], "out", "sparsify", model=m.Pair(gpt2)),
+        lambda m, gpt2: m.export([m.LAYER], m.Pair(gpt2)),
         "TypeError: model must be a Hugging Face language model; got Pair. Give its .model.",
     ),
     "a layer to export": (
-        lambda m, gpt2: m.mxd.interop.export_layers(m.LAYER, "out", "sparsify", model=gpt2),
+        lambda m, gpt2: m.export(m.LAYER, gpt2),
         "TypeError: layers must be a list of layers, such as [layer]; got Transcoder.",
     ),
     "folders of layers to export": (
-        lambda m, gpt2: m.mxd.interop.export_layers(["RUN/layers/1"], "out", "sparsify", model=gpt2),
+        lambda m, gpt2: m.export(["RUN/layers/1"], gpt2),
         "TypeError: layers must be a list of sparse layers; got one with 'RUN/layers/1'. Load layers with mxd.load.",
     ),
     "blocks to ablate": (
