@@ -115,8 +115,12 @@ STRANGE = [
     "1e-05",
     "~",
     "🦊 \u2028\ufeff",
+    "\x00\x07\x7f\x9f\ue000\uffff",
+    "\U000e0001",
+    "\ud83d alone",
+    "back\\slash \\u0041",
+    "tab\t/ \u202e",
 ]
-STRANGE += ["\x00\x07\x7f\x9f\ue000\uffff", "\U000e0001", "\ud83d alone", "back\\slash \\u0041", "tab\t/ \u202e"]
 NUMBERS = [1e-5, 1e20, -2e-7, 1.5e300, 5e-324, 0.1, 3.0, -0.0, 7, -12, True, None]
 
 
@@ -224,6 +228,15 @@ def test_places_that_cannot_become_a_folder_are_refused_before_any_work(
     for out in ("new/deep", "../empty/other", tmp_path / "link/third"):
         export_layers([a_layer("transcoder")], out, "sparsify", model=GPT2)
         assert (Path(out) / "h.0.mlp/cfg.json").is_file()
+
+
+def test_a_model_that_is_no_language_model_is_refused(tmp_path: Path) -> None:
+    layer = a_layer("transcoder")
+    with pytest.raises(ValueError, match="must be of a family that"):
+        export_layers([layer], tmp_path / "out", "sparsify", model=torch.nn.Linear(2, 2))
+    layer.provenance = Provenance(layer=0, module_path="h.0.mlp")
+    with pytest.raises(ValueError, match="Linear has no such module"):
+        export_layers([layer], tmp_path / "out", "sparsify", model=torch.nn.Linear(2, 2))
 
 
 def test_a_volume_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,7 +44,7 @@ NOTES: Mapping[Format, str] = {
     "circuit-tracer": (
         "`mlp.hook_in` and `mlp.hook_out` are what the block's MLP reads, behind the norm and its weights, and what it "
         "returns. Where config.yaml has `activation: topk`, circuit-tracer must be one that reads it (its main branch "
-        "since April 2026): release 0.5.0 does not, and would keep every positive latent; the call above fails there. "
+        "since April 2026): release 0.5.0 does not, and would keep every positive latent; the call below fails there. "
         "The last k latents of each layer then have no weights and never fire."
     ),
 }

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple
 
 from torch import nn
 
@@ -58,7 +58,7 @@ def place_of(layer: SparseLayer, model: nn.Module) -> Place:
             f"A layer must say of which block it is to be exported; this {layer.kind} does not. Set its provenance, "
             "as in layer.provenance = mxd.Provenance(layer=8)."
         )
-    is_listed = cast(Any, model).config.model_type in MLP_SITES
+    is_listed = getattr(getattr(model, "config", None), "model_type", None) in MLP_SITES
     site = find_mlp(model, block) if is_listed or path is None else None
     if site is not None and path in (None, site.path):
         require_widths(site, layer)
@@ -119,4 +119,4 @@ def require_own_module(place: Place, form: Format) -> None:
 
 
 def _below_base(model: nn.Module, path: str) -> str:
-    return re.sub(rf"^{re.escape(cast(Any, model).base_model_prefix)}\.", "", path)
+    return path.removeprefix(f"{getattr(model, 'base_model_prefix', '')}.")
