@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 import mxd
+from mxd.interop import export_layers
 from tests.test_models import IDS, model_of
 
 
@@ -41,6 +42,10 @@ MXD = mxd.MixtureOfDecoders(mxd.MixtureOfDecodersConfig(d_in=32, d_hidden=8, d_o
 def enter(context: AbstractContextManager[object]) -> None:
     with context:
         pass
+
+
+def export(layers: Any, model: Any) -> None:
+    export_layers(layers, "out", "sparsify", model=model)
 
 
 def under_autocast() -> None:
@@ -121,6 +126,18 @@ CASES: dict[str, tuple[Wrong, str]] = {
     "no token that passes": (
         lambda m, gpt2: m.enter(m.mxd.replace_mlp(gpt2, {1: m.LAYER}, passthrough=[None])),
         "TypeError: passthrough must be several token ids",
+    ),
+    "a model in a tuple to export for": (
+        lambda m, gpt2: m.export([m.LAYER], m.Pair(gpt2)),
+        "TypeError: model must be a Hugging Face language model; got Pair. Give its .model.",
+    ),
+    "a layer to export": (
+        lambda m, gpt2: m.export(m.LAYER, gpt2),
+        "TypeError: layers must be a list of layers, such as [layer]; got Transcoder.",
+    ),
+    "folders of layers to export": (
+        lambda m, gpt2: m.export(["RUN/layers/1"], gpt2),
+        "TypeError: layers must be a list of sparse layers; got one with 'RUN/layers/1'. Load layers with mxd.load.",
     ),
     "blocks to ablate": (
         lambda m, gpt2: m.enter(m.mxd.ablate_mlp(gpt2, [1])),

@@ -1,6 +1,8 @@
+import io
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
-from mxd.models import device_of, digest, fingerprint, load_language_model, most_positions, resolve_device
+from mxd.models import device_of, digest, fingerprint, load_language_model, load_outline, most_positions, resolve_device
+from mxd.pretraining.artifact import load_model, save_model
 from mxd.training.decompose import require_context
 from tests import tiny_model
 
@@ -40,6 +43,7 @@ def test_a_folder_loads_frozen_and_in_evaluation_mode(folder: Path) -> None:
     assert loaded.model.dtype == torch.bfloat16
     assert loaded.tokenizer("a")["input_ids"] == [1]
     assert (loaded.id, loaded.revision) == (str(folder), None)
+    assert load_language_model(str(folder), revision="main").revision is None, "a folder has no branches"
     assert load_language_model(str(folder), dtype=torch.float32).model.dtype == torch.float32
 
 
@@ -132,6 +136,45 @@ def test_unknown_architectures_are_refused(folder: Path, changes: dict[str, obje
     edit_config(folder, **changes)
     with pytest.raises(ValueError, match=message):
         load_language_model(str(folder))
+
+
+@pytest.mark.parametrize("load", [load_language_model, load_outline])
+def test_code_that_comes_with_a_model_is_not_run_and_nobody_is_asked(
+    folder: Path, load: Callable[[str], object], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with_evil_code(folder, folder / "config.json")
+    answers = io.StringIO("y\ny\n")
+    monkeypatch.setattr(sys, "stdin", answers)
+    with pytest.raises(
+        ValueError, match=r"^A model must need no code of its own .*found '.*' with Python code\. .*\.$"
+    ):
+        load(str(folder))
+    assert (answers.tell(), capsys.readouterr().out) == (0, "")
+    assert not (folder / "ran").exists()
+
+
+def test_code_that_a_saved_multilinear_model_names_is_not_run_and_nobody_is_asked(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_model(load_language_model(str(folder)).module, folder / "ours")
+    with_evil_code(folder, folder / "ours/config.json", within="model", _name_or_path=str(folder))
+    answers = io.StringIO("y\ny\n")
+    monkeypatch.setattr(sys, "stdin", answers)
+    with pytest.raises(ValueError, match=r"^[^\n]*must describe a model; it does not \([^\n]*\)\. Restore[^\n]*\.$"):
+        load_model(folder / "ours")
+    assert answers.tell() == 0
+    assert not (folder / "ran").exists()
+
+
+def with_evil_code(folder: Path, config: Path, within: str | None = None, **more: str) -> None:
+    """Name code in a configuration, of a model that transformers knows but that continues no text."""
+    ran = f"__import__('pathlib').Path({str(folder / 'ran')!r}).touch()"
+    (folder / "evil.py").write_text(f"{ran}\nfrom transformers import T5ForConditionalGeneration as Evil\n")
+    whole = json.loads(config.read_text())
+    part = whole if within is None else whole[within]
+    part.clear()
+    part.update(model_type="t5", auto_map={"AutoModelForCausalLM": "evil.Evil"}, **more)
+    config.write_text(json.dumps(whole))
 
 
 @pytest.mark.parametrize(

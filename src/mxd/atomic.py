@@ -3,7 +3,9 @@
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeAlias
 
@@ -90,6 +92,70 @@ def write_json_atomically(path: Path, value: JSON) -> None:
 def partial_path(path: Path) -> Path:
     """Where a file or folder stands while it is being written: hidden, beside its final place."""
     return path.with_name(f".{path.name}.partial")
+
+
+@contextmanager
+def filled_folder(folder: Path) -> Generator[Path]:
+    """Make a folder beside a place, and move it there if it could be filled; else nothing of it stays.
+
+    What is put into it is on the disk only where that was waited for. What stood at the place must be gone by the end,
+    or be an empty folder.
+
+    Args:
+        folder: The place; folders above it are made where they do not exist.
+
+    Yields:
+        The folder to fill, which is empty.
+    """
+    folder = folder.absolute()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = partial_path(folder)
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir()
+        yield partial
+        for inner in (partial, *(path for path in partial.rglob("*") if path.is_dir())):
+            sync_folder(inner)
+        if folder.exists():
+            # Not every system renames onto a folder, be it empty.
+            folder.rmdir()
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    sync_folder(folder.parent)
+
+
+def is_new_or_empty(folder: Path) -> bool:
+    """Whether nothing stands at a place but, at most, an empty folder."""
+    return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+
+
+def require_new_folder(folder: Path, what: str) -> None:
+    """Check that a place is one for `filled_folder`: nothing is there, or an empty folder that can be replaced.
+
+    Args:
+        folder: The place.
+        what: What is to be written there, for messages.
+
+    Raises:
+        ValueError: If it is not, or no folder can be made there.
+    """
+    placed = folder.absolute()
+    partial, above = partial_path(placed) if placed.name else placed, nearest_folder(placed.parent)
+    broken = [path for path in placed.parents if path.is_symlink() and not path.exists()]
+    if placed.is_symlink():
+        wrong = f"{folder} is a link. Name where it leads, or another"
+    elif placed.name in ("", "..") or not is_new_or_empty(placed):
+        wrong = f"{folder} holds something. Name another"
+    elif placed.exists() and (placed.samefile(Path.cwd()) or placed.is_mount()):
+        wrong = f"{folder} is where this runs or a volume is mounted, and cannot be replaced. Name a new folder in it"
+    elif broken or not above.is_dir():
+        wrong = f"none can be made at {folder}, since {broken[0] if broken else above} is a file. Name another"
+    elif partial.is_symlink() or (partial.exists() and not partial.is_dir()):
+        wrong = f"{partial}, where it would be filled, is a link or a file. Remove that, or name another"
+    else:
+        return
+    raise ValueError(f"{what} needs a new or empty folder; {wrong}.")
 
 
 def nearest_folder(path: Path) -> Path:

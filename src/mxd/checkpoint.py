@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save
 
 from mxd.atomic import file_sha256, json_text, sync_folder, write_json_atomically, write_together
 from mxd.edits import Edit, edits_of, with_edits
-from mxd.layers import LAYERS, Provenance, SparseLayer, field_types, require_kind, require_kind_of
+from mxd.layers import LAYERS, LayerKind, Provenance, SparseLayer, field_types, require_kind, require_kind_of
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ def save_layer(layer: SparseLayer, folder: str | Path, provenance: Provenance | 
     """
     require_kind_of(layer)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in layer.state_dict().items()}
-    _require_one_dtype(layer.kind, tensors)
+    require_one_dtype(layer.kind, tensors)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     weights = save(tensors)
@@ -226,16 +226,22 @@ def load_layer(path: str | Path) -> SparseLayer:
     return load_checkpoint(path).layer
 
 
+def saved_kind(path: str | Path) -> LayerKind:
+    """Return the classes of a saved layer's kind, as its config.json names it, without loading the layer.
+
+    Raises:
+        FileNotFoundError: As `load_layer`.
+        ValueError: If config.json is damaged, or the kind is not registered.
+    """
+    folder = _layer_folder(Path(path))
+    return _kind_of(folder, _read_config(folder / CONFIG_FILE))
+
+
 def load_checkpoint(path: str | Path) -> Checkpoint:
     """Return a layer with its provenance; see `load_layer`."""
     folder = _layer_folder(Path(path))
     config = _read_config(folder / CONFIG_FILE)
-    if config["kind"] not in LAYERS:
-        raise ValueError(
-            f"{folder / CONFIG_FILE} must be of a kind that is registered, {', '.join(LAYERS)}; it is of "
-            f"{config['kind']!r}. Import what registers that (mxd.register_kind) before, or upgrade mxd."
-        )
-    layer_kind = require_kind(cast(str, config["kind"]))
+    layer_kind = _kind_of(folder, config)
     known = {field.name for field in fields(layer_kind.config)}
     layer_fields = {name: LATER_FIELDS[name] for name in LATER_FIELDS if name in known}
     layer_fields |= cast(dict[str, object], config["layer"])
@@ -265,6 +271,15 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     except ValueError as error:
         raise ValueError(f"{folder / EDITS_FILE} must fit the layer; {error}") from error
     return Checkpoint(layer=layer, provenance=provenance, weights_sha256=cast(str, config["weights_sha256"]))
+
+
+def _kind_of(folder: Path, config: Mapping[str, object]) -> LayerKind:
+    if config["kind"] not in LAYERS:
+        raise ValueError(
+            f"{folder / CONFIG_FILE} must be of a kind that is registered, {', '.join(LAYERS)}; it is of "
+            f"{config['kind']!r}. Import what registers that (mxd.register_kind) before, or upgrade mxd."
+        )
+    return require_kind(cast(str, config["kind"]))
 
 
 def _layer_folder(path: Path) -> Path:
@@ -344,14 +359,23 @@ def _read_weights(path: Path, sha256: str) -> dict[str, torch.Tensor]:
         tensors = load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path} must be a safetensors file; it does not parse ({error}).") from error
-    _require_one_dtype(str(path), tensors)
+    require_one_dtype(str(path), tensors)
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{path} must hold finite weights; {name} has NaN or infinite entries. Train it anew.")
     return tensors
 
 
-def _require_one_dtype(where: str, tensors: Mapping[str, torch.Tensor]) -> None:
+def require_one_dtype(where: str, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Check that weights are of one floating-point type.
+
+    Args:
+        where: What has them, for the message.
+        tensors: The weights by their names.
+
+    Raises:
+        ValueError: If they are not.
+    """
     dtypes = {tensor.dtype for tensor in tensors.values()}
     if len(dtypes) > 1 or not all(dtype.is_floating_point for dtype in dtypes):
         found = ", ".join(sorted(map(str, dtypes)))

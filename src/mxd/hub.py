@@ -119,9 +119,15 @@ def model_card(folder: str | Path) -> str:
 
 
 def is_of_the_hub(origin: Provenance) -> bool:
-    """Whether a layer's model has an id: the hub refuses others, and a folder's place is the trainer's own business."""
-    looks_like_one = re.fullmatch(r"[\w.-]+/[\w.-]+", str(origin.model)) is not None
-    return origin.revision is not None or (looks_like_one and not Path(str(origin.model)).exists())
+    """Whether a layer's model has an id: the hub refuses others, and a folder's place is the trainer's own business.
+
+    A revision shows that what looks like an id is one, also where a folder is called so here; without one, only names
+    with an owner are ids.
+    """
+    name = str(origin.model)
+    if origin.revision is not None:
+        return re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) is not None
+    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None and not Path(name).exists()
 
 
 def _inputs(layers: Mapping[str, Checkpoint]) -> str:

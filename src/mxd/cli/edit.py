@@ -10,7 +10,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from mxd.atomic import JSON
+from mxd.atomic import JSON, is_new_or_empty
 from mxd.checkpoint import load_checkpoint, save_edits, save_layer, saved_edits
 from mxd.cli.numbers import parse_latents
 from mxd.cli.output import notes, print_json
@@ -154,7 +154,7 @@ def _new_edits(
 
 
 def _plain(place: LayerToEdit, edits: Sequence[Edit], target: Path) -> SparseLayer:
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    if not is_new_or_empty(target):
         raise ValueError(f"export needs a new or empty folder; {target} holds something. Name another.")
     return fold_edits(with_edits(place.candidate.network, edits))
 

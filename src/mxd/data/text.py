@@ -188,9 +188,9 @@ def open_text(
     """
     if isinstance(spec, str) or not spec:
         raise ValueError(f"Text must be given as at least one name; got {spec!r}. Give stdlib, files or a hub id.")
-    if any(map(_is_hub_id, spec)):
+    if any(map(is_hub_dataset, spec)):
         if len(spec) > 1:
-            hub_id = next(filter(_is_hub_id, spec))
+            hub_id = next(filter(is_hub_dataset, spec))
             raise ValueError(
                 f"A hub dataset must be the only text; got {hub_id} (no such local file) among {len(spec)} names. "
                 "Correct the file's name, or give the dataset alone."
@@ -230,7 +230,8 @@ def local_files(name: str) -> list[Path]:
     return sorted(files)
 
 
-def _is_hub_id(name: str) -> bool:
+def is_hub_dataset(name: str) -> bool:
+    """Whether a name of text can only be that of a dataset on the hub, and is no file's or folder's here."""
     if name == STDLIB or Path(name).expanduser().exists() or kind_of(Path(name)) is not None:
         return False
     return re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?(:[\w.-]+)?", name) is not None

@@ -68,6 +68,25 @@ def student_places(run: Path, described: Sequence[Mapping[str, Any]]) -> list[tu
     return [(plan["layer"], plan["id"]) for plan in described]
 
 
+def chosen_students(run: Path, described: Sequence[Mapping[str, Any]], wanted: Collection[str] = ()) -> list[int]:
+    """Return the places in a run's list of students of those that are wanted.
+
+    Args:
+        run: The run's folder, for messages.
+        described: The `students` of its run.json.
+        wanted: Ids, or `<layer>/<id>`; all where empty.
+
+    Raises:
+        ValueError: If the run has no such student, or a description lacks its layer or id.
+    """
+    places = student_places(run, described)
+    names = {f"{layer}/{id}": id for layer, id in places}
+    unknown = [name for name in wanted if name not in names and name not in names.values()]
+    if unknown:
+        raise ValueError(f"{run} has no student {', '.join(unknown)}; its students are {', '.join(names)}.")
+    return [number for number, (layer, id) in enumerate(places) if not wanted or {f"{layer}/{id}", id} & set(wanted)]
+
+
 def load_students(
     run: Path, described: Sequence[Mapping[str, Any]], wanted: Collection[str] = (), ks: Collection[int] = ()
 ) -> list[TrainedStudent]:
@@ -83,16 +102,10 @@ def load_students(
         ValueError: If the run has no such student, one has fewer latents, none is top-k for `ks`, a layer is damaged,
             or a description lacks its layer or id.
     """
-    places = student_places(run, described)
-    names = {f"{layer}/{id}": id for layer, id in places}
-    unknown = [name for name in wanted if name not in names and name not in names.values()]
-    if unknown:
-        raise ValueError(f"{run} has no student {', '.join(unknown)}; its students are {', '.join(names)}.")
     students: list[TrainedStudent] = []
-    for number, (layer, id) in enumerate(places):
+    for number in chosen_students(run, described, wanted):
+        layer, id = described[number]["layer"], described[number]["id"]
         name = f"{layer}/{id}"
-        if wanted and name not in wanted and id not in wanted:
-            continue
         checkpoint = load_checkpoint(layer_folder(run, name))
         candidate = Candidate(name=name, layer=layer, network=checkpoint.layer)
         plan = described[number]

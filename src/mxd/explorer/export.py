@@ -1,13 +1,12 @@
 """The pages as static files that open from disk."""
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
-from mxd.atomic import JSON, partial_path, sync_folder
+from mxd.atomic import JSON, filled_folder
 from mxd.explorer.library import Library, whole_end
 from mxd.explorer.pages import PAGE_FILES, page_file
 
@@ -34,12 +33,10 @@ def export(library: Library, folder: Path) -> int:
         raise ValueError(
             f"{folder} must not exist, be empty or be an earlier export; it is not. Name another --export."
         )
-    partial = partial_path(folder)
-    shutil.rmtree(partial, ignore_errors=True)
-    (partial / "data").mkdir(parents=True)
-    (partial / "page").mkdir()
-    try:
-        count = 0
+    count = 0
+    with filled_folder(folder) as partial:
+        (partial / "data").mkdir()
+        (partial / "page").mkdir()
         for name in PAGE_FILES:
             target = partial / name if name == MARKER else partial / "page" / name
             target.write_text(page_file(name, live=False), encoding="utf-8")
@@ -48,10 +45,6 @@ def export(library: Library, folder: Path) -> int:
             (partial / "data" / f"{name}.js").write_text(_script(name, value), encoding="utf-8")
             count += 1
         shutil.rmtree(folder, ignore_errors=True)
-        os.replace(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    sync_folder(folder.resolve().parent)
     return count
 
 

@@ -6,8 +6,6 @@ from mxd.atomic import JSON
 from mxd.interop.plain import Format
 from mxd.printable import printable
 
-CARD_FILE = "README.md"
-
 LOADING: Mapping[Format, str] = {
     "sparsify": """\
 from sparsify import SparseCoder
@@ -46,7 +44,7 @@ NOTES: Mapping[Format, str] = {
     "circuit-tracer": (
         "`mlp.hook_in` and `mlp.hook_out` are what the block's MLP reads, behind the norm and its weights, and what it "
         "returns. Where config.yaml has `activation: topk`, circuit-tracer must be one that reads it (its main branch "
-        "since April 2026): release 0.5.0 does not, and would keep every positive latent; the call above fails there. "
+        "since April 2026): release 0.5.0 does not, and would keep every positive latent; the call below fails there. "
         "The last k latents of each layer then have no weights and never fire."
     ),
 }
@@ -74,10 +72,12 @@ def card(form: Format, groups: Mapping[str, Sequence[Mapping[str, JSON]]]) -> st
     edited = (
         "\n\nEdits of latents were written into the weights." if any(about.get("edits") for about in abouts) else ""
     )
+    first = next(iter(groups))
+    folder = f"a student's folder, such as {_shown(first)} beside this page" if first else "the folder of this page"
     return (
         f"# Layers for MLPs of {of}\n\nTrained with mxd {versions}, written in the format of {form}.\n\n"
         f"| {head} |\n|{'---|' * (len(_COLUMNS) + 1)}\n" + "\n".join(rows) + f"{edited}\n\n{NOTES[form]}\n\n"
-        f"```python\n{LOADING[form]}```\n"
+        f"FOLDER stands for the path of {folder}.\n\n```python\n{LOADING[form]}```\n"
     )
 
 
@@ -87,5 +87,9 @@ def _model(about: Mapping[str, JSON]) -> str:
 
 
 def _shown(value: JSON) -> str:
-    """Return a value for a cell of a table."""
-    return "–" if value is None else printable(str(value)).replace("|", "\\|").replace("`", "'").replace("<", "&lt;")
+    """Return a value for a cell of a table; text as code, of which Markdown makes no links, images or HTML."""
+    if value is None or value == "":
+        return "–"
+    if not isinstance(value, str):
+        return str(value)
+    return "`" + printable(value).replace("|", "\\|").replace("`", "'") + "`"

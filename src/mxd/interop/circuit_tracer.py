@@ -14,25 +14,15 @@ weights, and `hook_mlp_out` behind the norm that follows in Gemma; neither would
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
 from mxd.atomic import JSON
 from mxd.interop.files import write_tensors, write_text, yaml_text
-from mxd.interop.places import Place, require_the_blocks_mlp
+from mxd.interop.places import Place, Prepared, require_the_blocks_mlp
 from mxd.interop.plain import DoesNotFit, PlainLayer, require_one_width
 
 CONFIG_FILE = "config.yaml"
-
-
-class Member(NamedTuple):
-    """One layer of a set."""
-
-    layer: PlainLayer
-    """What it computes."""
-    place: Place
-    """Where it belongs."""
 
 
 def require_circuit_tracer(layer: PlainLayer, place: Place) -> None:
@@ -50,13 +40,13 @@ def require_circuit_tracer(layer: PlainLayer, place: Place) -> None:
     require_the_blocks_mlp(place, "circuit-tracer")
 
 
-def require_whole_set(members: Sequence[Member]) -> None:
+def require_whole_set(members: Sequence[Prepared]) -> None:
     """Check that layers make up a set: one for every block of the model, alike in all that the set says once.
 
     Raises:
         DoesNotFit: If they do not.
     """
-    blocks = [place.block for _, place in members]
+    blocks = [place.block for _, place, _ in members]
     num_blocks = members[0].place.num_blocks
     assert num_blocks is not None, "each is a block's MLP"
     missing = [block for block in range(num_blocks) if block not in blocks]
@@ -66,20 +56,23 @@ def require_whole_set(members: Sequence[Member]) -> None:
             f"{', '.join(map(str, missing))} {'is' if len(missing) == 1 else 'are'} missing. Train the missing ones "
             "too, with equal settings."
         )
+    models = sorted({_model_of(about) for _, _, about in members})
+    if len(models) > 1:
+        raise DoesNotFit(f"circuit-tracer needs layers of one model; got {', '.join(models)}.")
     for name in ("num_latents", "rule", "d_in", "dtype_name"):
-        found = {str(getattr(layer, name)) for layer, _ in members}
+        found = {str(getattr(layer, name)) for layer, _, _ in members}
         if len(found) > 1:
             raise DoesNotFit(f"circuit-tracer needs layers of one {name}; got {', '.join(sorted(found))}.")
-    if len({layer.W_skip is None for layer, _ in members}) > 1:
+    if len({layer.W_skip is None for layer, _, _ in members}) > 1:
         raise DoesNotFit("circuit-tracer needs layers with a skip map at every block or at none; got both.")
-    ks = {layer.k for layer, _ in members}
+    ks = {layer.k for layer, _, _ in members}
     if members[0].layer.rule == "topk" and len(ks) > 1:
         raise DoesNotFit(f"circuit-tracer needs layers of one k; got {', '.join(map(str, sorted(ks)))}.")
 
 
-def write_circuit_tracer(members: Sequence[Member], about: Mapping[str, JSON], folder: Path) -> None:
+def write_circuit_tracer(members: Sequence[Prepared], about: Mapping[str, JSON], folder: Path) -> None:
     """Write a set's files."""
-    for layer, place in members:
+    for layer, place, _ in members:
         write_tensors(folder / f"layer_{place.block}.safetensors", _tensors(layer))
     first = members[0].layer
     config: dict[str, JSON] = {
@@ -98,6 +91,11 @@ def write_circuit_tracer(members: Sequence[Member], about: Mapping[str, JSON], f
 def num_padding(layer: PlainLayer) -> int:
     """Return how many latents without weights stand behind a layer's own."""
     return layer.k if layer.rule == "topk" else 0
+
+
+def _model_of(about: Mapping[str, JSON]) -> str:
+    revision = about["revision"]
+    return f"{about['model'] or 'an unknown one'}{f' at revision {revision}' if revision else ''}"
 
 
 def _tensors(layer: PlainLayer) -> dict[str, torch.Tensor]:

@@ -1,11 +1,13 @@
 """Where a layer belongs in a language model, as other tools name it."""
 
 import re
-from typing import Any, NamedTuple, cast
+from collections.abc import Mapping
+from typing import NamedTuple
 
 from torch import nn
 
-from mxd.interop.plain import DoesNotFit, Format
+from mxd.atomic import JSON
+from mxd.interop.plain import DoesNotFit, Format, PlainLayer
 from mxd.layers import SparseLayer
 from mxd.models import MLP_SITES, find_mlp, num_layers, require_widths
 
@@ -27,6 +29,17 @@ class Place(NamedTuple):
     """Whether it is where the model's family keeps the MLP of a block, so that other tools' names for it mean it."""
 
 
+class Prepared(NamedTuple):
+    """A layer that fits a format."""
+
+    layer: PlainLayer
+    """What it computes."""
+    place: Place
+    """Where it belongs."""
+    about: Mapping[str, JSON]
+    """What else is known of it, for people."""
+
+
 def place_of(layer: SparseLayer, model: nn.Module) -> Place:
     """Return where a layer belongs.
 
@@ -35,8 +48,9 @@ def place_of(layer: SparseLayer, model: nn.Module) -> Place:
         model: The Hugging Face language model, with or without weights.
 
     Raises:
+        TypeError: If the model is none of PyTorch's.
         ValueError: If the layer does not say of which block it is, or the model has no such block or module, or one of
-            other widths.
+            other widths; widths of a module that is named without its block's number are not known.
     """
     block, path = layer.provenance.layer, layer.provenance.module_path
     if block is None:
@@ -44,7 +58,7 @@ def place_of(layer: SparseLayer, model: nn.Module) -> Place:
             f"A layer must say of which block it is to be exported; this {layer.kind} does not. Set its provenance, "
             "as in layer.provenance = mxd.Provenance(layer=8)."
         )
-    is_listed = cast(Any, model).config.model_type in MLP_SITES
+    is_listed = getattr(getattr(model, "config", None), "model_type", None) in MLP_SITES
     site = find_mlp(model, block) if is_listed or path is None else None
     if site is not None and path in (None, site.path):
         require_widths(site, layer)
@@ -58,11 +72,14 @@ def place_of(layer: SparseLayer, model: nn.Module) -> Place:
             is_the_blocks=True,
         )
     assert path is not None
+    template = re.sub(rf"(?<=\.){block}(?=\.|$)", "{layer}", path, count=1)
     if path not in dict(model.named_modules()):
         raise ValueError(
             f"A layer must be exported with the model that it was trained on; it is of {path}, and "
             f"{type(model).__name__} has no such module. Name that model."
         )
+    if template != path:
+        require_widths(find_mlp(model, block, template), layer)
     return Place(
         block=block,
         num_blocks=None,
@@ -102,4 +119,4 @@ def require_own_module(place: Place, form: Format) -> None:
 
 
 def _below_base(model: nn.Module, path: str) -> str:
-    return re.sub(rf"^{re.escape(cast(Any, model).base_model_prefix)}\.", "", path)
+    return path.removeprefix(f"{getattr(model, 'base_model_prefix', '')}.")

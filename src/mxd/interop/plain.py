@@ -1,10 +1,13 @@
 """What all formats have in common: a layer as an encoder, a rule for which latents are active, and decoder rows."""
 
+from collections.abc import Mapping
 from typing import Literal, NamedTuple, get_args
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mxd.checkpoint import require_one_dtype
 from mxd.edits import edits_of, fold_edits
 from mxd.layers import BatchTopK, SelectionName, SkipTranscoder, SparseLayer, TopKAutoencoder, Transcoder
 
@@ -15,6 +18,9 @@ FORMATS: tuple[Format, ...] = get_args(Format)
 
 PLAIN_KINDS = (Transcoder.kind, SkipTranscoder.kind, TopKAutoencoder.kind)
 """Kinds that are an encoder, a rule and decoder rows, beside at most a linear map."""
+
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class DoesNotFit(ValueError):
@@ -82,11 +88,14 @@ def plain_layer(layer: SparseLayer, form: Format) -> PlainLayer:
 
     Raises:
         DoesNotFit: If it is no encoder with a rule and decoder rows, or weights do not hold its edits.
+        ValueError: If its weights are not finite, or not of one type that other tools read.
     """
-    _require_plain(layer, form)
+    require_plain_kind(type(layer), form)
+    require_weights(f"A {layer.kind} to be exported", layer.state_dict())
     if edits_of(layer):
         try:
             layer = fold_edits(layer)
+            require_weights(f"An edited {layer.kind}", layer.state_dict())
         except ValueError as error:
             raise DoesNotFit(f"{form} has no place for edits beside weights. {error}") from error
     skip = layer.W_skip if isinstance(layer, SkipTranscoder) else None
@@ -102,16 +111,41 @@ def plain_layer(layer: SparseLayer, form: Format) -> PlainLayer:
         is_autoencoder=isinstance(layer, TopKAutoencoder),
         rule=layer.config.selection,
         k=layer.config.k,
-        threshold=selection.threshold.item() if isinstance(selection, BatchTopK) else 0.0,
+        # No score that is not positive is active, whatever the threshold.
+        threshold=max(0.0, selection.threshold.item()) if isinstance(selection, BatchTopK) else 0.0,
     )
 
 
-def _require_plain(layer: SparseLayer, form: Format) -> None:
-    if type(layer) in (Transcoder, SkipTranscoder, TopKAutoencoder):
+def require_weights(where: str, tensors: Mapping[str, Tensor]) -> None:
+    """Check that weights are numbers that every tool reads: finite, of one of the usual floating-point types.
+
+    Args:
+        where: What has them, for the message.
+        tensors: The weights by their names.
+
+    Raises:
+        ValueError: If they are not.
+    """
+    require_one_dtype(where, tensors)
+    unusual = sorted({str(tensor.dtype) for tensor in tensors.values()} - set(map(str, _DTYPES)))
+    if unusual:
+        raise ValueError(f"{where} must have weights of 16, 32 or 64 bits; got {unusual[0]}. Convert them with .to().")
+    infinite = sorted(name for name, tensor in tensors.items() if not tensor.isfinite().all())
+    if infinite:
+        raise ValueError(f"{where} must have finite weights; {', '.join(infinite)} has NaN or infinite entries.")
+
+
+def require_plain_kind(layer: type[SparseLayer], form: Format) -> None:
+    """Check that layers of a class are an encoder, a rule and decoder rows.
+
+    Raises:
+        DoesNotFit: If they are not.
+    """
+    if layer in (Transcoder, SkipTranscoder, TopKAutoencoder):
         return
     fits = f"What fits: {', '.join(PLAIN_KINDS)}."
-    if isinstance(layer, Transcoder | SkipTranscoder | TopKAutoencoder):
-        raise DoesNotFit(f"{form} is written of mxd's own kinds; {type(layer).__name__} changes one of them. {fits}")
+    if issubclass(layer, Transcoder | SkipTranscoder | TopKAutoencoder):
+        raise DoesNotFit(f"{form} is written of mxd's own kinds; {layer.__name__} changes one of them. {fits}")
     if not layer.fixed_atoms:
         raise DoesNotFit(
             f"{form} holds one decoder row for each latent; what a latent of {layer.kind} adds depends on the input, "

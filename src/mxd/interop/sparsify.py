@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from mxd.atomic import JSON, json_text
 from mxd.interop.files import write_tensors, write_text
 from mxd.interop.places import Place, require_own_module
-from mxd.interop.plain import DoesNotFit, PlainLayer, require_one_width
+from mxd.interop.plain import DoesNotFit, PlainLayer, require_one_width, require_weights
 from mxd.layers import (
     Provenance,
     SkipTranscoder,
@@ -97,8 +97,9 @@ def load_sparsify(folder: str | Path, *, block: int | None = None) -> SparseLaye
 
     Raises:
         FileNotFoundError: If a file is missing.
-        ValueError: If a file is damaged, the coder is of a kind that mxd has none of (GroupMax, or an autoencoder with
-            a skip map), or no block is given and the folder's name is not that of a block's MLP.
+        ValueError: If a file is damaged, weights are not finite or not of one type of 16 to 64 bits, the coder is of a
+            kind that mxd has none of (GroupMax, or an autoencoder with a skip map), or no block is given and the
+            folder's name is not that of a block's MLP.
     """
     folder = Path(folder)
     for name in (CONFIG_FILE, WEIGHTS_FILE):
@@ -126,7 +127,8 @@ def _block_named(folder: Path) -> int:
 def _settings(path: Path) -> dict[str, Any]:
     try:
         found: object = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    # What is nested deeper than Python's stack raises the latter.
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} must be JSON; it does not parse ({error}). Fetch it again.") from error
     if not isinstance(found, dict):
         raise ValueError(f"{path} must be a JSON object, as sparsify writes it. Fetch it again.")
@@ -148,9 +150,7 @@ def _tensors(path: Path) -> dict[str, torch.Tensor]:
         tensors = load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path} must be safetensors; it is damaged ({error}). Fetch it again.") from error
-    infinite = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
-    if infinite:
-        raise ValueError(f"{path} must hold finite weights; {', '.join(sorted(infinite))} has others. Fetch it again.")
+    require_weights(str(path), tensors)
     return tensors
 
 

@@ -15,7 +15,7 @@ from mxd.models.loading import (
     vocabulary_size,
 )
 from mxd.models.requirements import require_own_place, require_widths
-from mxd.models.sites import MlpSite, find_block, find_mlp, num_layers
+from mxd.models.sites import MlpSite, find_block, find_mlp, num_layers, require_model
 from mxd.models.surgery import MlpPair, Replacement, ablate_mlp, capture_mlp, mlp_pairs, replace_mlp
 from mxd.models.weights import apply_mlp, hidden_units, mlp_weights
 
@@ -46,6 +46,7 @@ __all__ = [
     "num_layers",
     "replace_mlp",
     "require_device",
+    "require_model",
     "require_own_place",
     "require_widths",
     "resolve_device",

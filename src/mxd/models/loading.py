@@ -77,7 +77,8 @@ def load_language_model(
     tokenizer = _load_tokenizer(model_id, source, revision, trust_remote_code)
     commit = getattr(model.config, "_commit_hash", None)
     cast("torch.nn.Module", model).to(device).eval().requires_grad_(False)
-    return LanguageModel(model, tokenizer, model_id, commit if isinstance(commit, str) else revision)
+    known = commit if isinstance(commit, str) else revision
+    return LanguageModel(model, tokenizer, model_id, None if Path(source).is_dir() else known)
 
 
 def load_outline(model_id: str, *, revision: str | None = None) -> torch.nn.Module:
@@ -100,7 +101,8 @@ def load_outline(model_id: str, *, revision: str | None = None) -> torch.nn.Modu
     config = _load_config(model_id, source, revision, trust_remote_code=False)
     try:
         with torch.device("meta"):
-            model: object = AutoModelForCausalLM.from_config(config)
+            # Where nothing is said, transformers asks the user whether to run a stranger's code.
+            model: object = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     # As in loading the whole model.
     except Exception as error:
         _explain_weights(model_id, error)

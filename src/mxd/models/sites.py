@@ -117,7 +117,7 @@ def num_layers(model: nn.Module) -> int:
         TypeError: If the model is none of PyTorch's.
         ValueError: If the model is of no listed family and its config does not say.
     """
-    _require_model(model)
+    require_model(model)
     known = MLP_SITES.get(_model_type(model))
     if known is not None:
         return len(list(_submodule(model, known.path.partition(".{layer}")[0]).children()))
@@ -146,7 +146,7 @@ def find_mlp(model: nn.Module, layer: int, module_path: str | None = None) -> Ml
         ValueError: If the family is not listed and no path is given, or the model is bidirectional; if the path does
             not exist or leads to single experts of a mixture; if there is no such layer.
     """
-    _require_model(model)
+    require_model(model)
     try:
         layer = operator.index(layer)
     except TypeError as error:
@@ -217,7 +217,12 @@ def require_causal(config: object, name: str) -> None:
         )
 
 
-def _require_model(model: object) -> None:
+def require_model(model: object) -> None:
+    """Check that this is a model whose modules can be looked up.
+
+    Raises:
+        TypeError: If the model is none of PyTorch's.
+    """
     if not isinstance(model, nn.Module):
         hint = " Give its .model." if isinstance(getattr(model, "model", None), nn.Module) else ""
         raise TypeError(f"model must be a Hugging Face language model; got {type(model).__name__}.{hint}")

@@ -112,12 +112,22 @@ def _as_our_mixer(model: nn.Module) -> MlpMixer | None:
 
 def _described_model(path: Path, config: Mapping[str, Any]) -> nn.Module:
     try:
-        model = _skeleton(dict(config["model"]), config["family"])
+        model = _known_model(path, config)
         for place, described in dict(config["blocks"]).items():
             model.set_submodule(place, MultilinearMLP(_block_config(path, place, described)), strict=True)
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} must describe a model; it does not ({error}). Restore it from its source.") from error
     return model
+
+
+def _known_model(path: Path, config: Mapping[str, Any]) -> nn.Module:
+    try:
+        return _skeleton(dict(config["model"]), config["family"])
+    except ValueError as error:
+        reason = str(error).strip().partition("\n")[0].rstrip(". ")
+        raise ValueError(
+            f"{path} must describe a model; it does not ({reason}). Restore it from its source."
+        ) from error
 
 
 def _skeleton(described: dict[str, Any], family: str) -> nn.Module:
@@ -126,7 +136,8 @@ def _skeleton(described: dict[str, Any], family: str) -> nn.Module:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     model_type = described.pop("model_type")
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **described))
+    # Where nothing is said, transformers asks the user whether to run a stranger's code.
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **described), trust_remote_code=False)
 
 
 def _block_config(path: Path, place: str, described: Mapping[str, Any]) -> MultilinearMLPConfig:

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mxd.atomic import JSON, write_json_atomically
+from mxd.atomic import JSON, is_new_or_empty, write_json_atomically
 from mxd.privacy.certificate import Certificate, rounded_up
 from mxd.privacy.certify import CertifiedStep, CertifyConfig, certify_logistic
 from mxd.privacy.examples import Examples
@@ -118,7 +118,7 @@ def certify_into(out: Path, request: PrivacyRequest, config: CertifyConfig, *, f
     Raises:
         ValueError: If the folder is not new or empty, or as `certify_model` does; nothing is written then.
     """
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+    if not is_new_or_empty(out):
         raise ValueError(f"{out} must be a new or an empty folder; it is not; name another --out.")
     model = request.saved.model
     step = certify_model(model, request.protected, request.retained, config)

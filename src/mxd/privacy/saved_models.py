@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
-from mxd.atomic import partial_path
+from mxd.atomic import filled_folder
 from mxd.models.loading import load_language_model, load_tokenizer, resolve_device
 from mxd.privacy.classifiers import CONFIG_FILE, PixelNormalization, is_classifier, load_classifier, save_classifier
 from mxd.privacy.text_examples import TextReader, TextTask
@@ -88,11 +88,10 @@ def load_model(model: str, *, device: str = "auto", max_tokens: int = 512) -> Sa
             found.config.pad_token_id = next(token for token in known if isinstance(token, int))
 
     def write(out: Path, tuned: nn.Module) -> None:
-        def fill(place: Path) -> None:
+        with filled_folder(out) as place:
             cast("PreTrainedModel", tuned).save_pretrained(place, safe_serialization=True)
             tokenizer.save_pretrained(place)
-
-        _write_folder(out, fill)
+            shutil.rmtree(out, ignore_errors=True)
 
     return SavedModel(
         model=cast(nn.Module, found).eval().requires_grad_(True),
@@ -109,29 +108,15 @@ def _image_model(folder: Path, device: str) -> SavedModel:
     whole = nn.Sequential(PixelNormalization(tuple(mean), tuple(std)), cast(nn.Module, found)).to(device)
 
     def write(out: Path, tuned: nn.Module) -> None:
-        def fill(place: Path) -> None:
+        with filled_folder(out) as place:
             cast("PreTrainedModel", cast(nn.Sequential, tuned)[1]).save_pretrained(place, safe_serialization=True)
             if (folder / PREPROCESSOR_FILE).is_file():
                 shutil.copyfile(folder / PREPROCESSOR_FILE, place / PREPROCESSOR_FILE)
-
-        _write_folder(out, fill)
+            shutil.rmtree(out, ignore_errors=True)
 
     return SavedModel(
         model=whole.eval().requires_grad_(True), reader=None, class_names=_class_names(found), write=write
     )
-
-
-def _write_folder(out: Path, fill: Callable[[Path], None]) -> None:
-    """Fill a folder beside its place and rename it there, so that it is whole or absent."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = partial_path(out)
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        fill(partial)
-        shutil.rmtree(out, ignore_errors=True)
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _padding(model: "PreTrainedModel") -> int:
