@@ -29,8 +29,12 @@ if TYPE_CHECKING:
 TOKENS_TRAINED, TOKENS_READ = 4096, 1024
 STUDENTS = [f"3/{kind}-k{k}" for kind in DEMO.kind for k in DEMO.k]
 STUDENT = STUDENTS[0]
-NAMES = {"mxd": "MxD", "transcoder": "Transcoder", "skip-transcoder": "Skip transcoder"}
-NAMES |= {"shared-transcoder": "Shared transcoder"}
+NAMES = {
+    "mxd": "MxD",
+    "transcoder": "Transcoder",
+    "skip-transcoder": "Skip transcoder",
+    "shared-transcoder": "Shared transcoder",
+}
 
 pytestmark = NEEDED
 

@@ -157,7 +157,7 @@ class Student:
         whole = self._shared_moments(x.split(at_once), target, autocast) if in_parts else None
         loss = target.new_zeros(())
         for rows in zip(x.split(at_once), target.split(at_once), is_content.split(at_once), strict=True):
-            output, part = self._add_gradients(rows[0], rows[1], k, len(x), dead, whole, autocast)
+            output, part = self._add_gradients(rows[0], rows[1], k, len(x), dead, autocast, whole)
             self._observe(tokens_after, output, *rows[1:])
             loss += part
         project_gradients_(self.network.unit_length_tables())
@@ -185,8 +185,8 @@ class Student:
         k: int,
         batch_tokens: int,
         dead: Tensor | None,
-        whole: SharedMoments | None,
         autocast: torch.dtype | None,
+        whole: SharedMoments | None = None,
     ) -> tuple[SparseLayerOutput, Float[Tensor, ""]]:
         """Add these rows' gradients to those of the batch's other rows; return output and share of the batch's loss."""
         with _autocast(x, autocast):
