@@ -107,6 +107,7 @@ def _compact(rows: Rows) -> list[dict[str, Any]]:
         "parameters",
         "fvu",
         "ce_increase",
+        "ce_increase_interval",
         "kl",
         "specialisation",
     )

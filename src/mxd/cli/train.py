@@ -42,6 +42,7 @@ from mxd.training.train import SinkOpener
 
 LIST = "list"
 """What `--recipe` is given to see the recipes."""
+_WRITTEN = "Wrote {0} to {1}/layers. Next: mxd evaluate {1}"
 _FINISHED = "{} is finished already; nothing was changed."
 
 
@@ -104,9 +105,7 @@ def train(
         decompose(plan, out, resume=resume, snapshot_every=snapshot_every, sinks=_sinks(plan, out, tensorboard, wandb))
     except (TrainingInterrupted, KeyboardInterrupt) as error:
         raise go_on_with_resume(error) from error
-    console.print(
-        f"Wrote {counted(len(plan.students), 'layer')} to {out}/layers. Next: mxd evaluate {out}", soft_wrap=True
-    )
+    console.print(_WRITTEN.format(counted(len(plan.students), "layer"), out), soft_wrap=True)
 
 
 def _require_packages(wanted: Mapping[str, bool]) -> None:
