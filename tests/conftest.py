@@ -1,3 +1,4 @@
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,6 +9,13 @@ from mxd.layers import LAYERS, LayerKind
 from tests import tiny_model
 from tests.tiny_run import Command, TinyRun, command, tiny_run
 from tests.train_command import Trainer
+
+
+@pytest.fixture(scope="session", autouse=True)
+def heeded_interrupts() -> None:
+    """Let SIGINT interrupt, as at a terminal: a shell starts what it puts into the background with it ignored."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)
