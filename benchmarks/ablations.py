@@ -34,15 +34,15 @@ def main() -> None:
 
 
 def _report(run: Path, described: dict[str, object]) -> None:
-    config = json.loads((run / "run.json").read_text())["config"]
-    kept = {name: config[name] for name in KEPT}
+    configuration = json.loads((run / "run.json").read_text())
+    config = configuration["config"]
+    kept = {name: config[name] for name in KEPT} | {"precision": configuration["resources"]["precision"]}
     kept |= {"model": Path(config["model"]).name, "text": [Path(text).name for text in config["text"]]}
     rows = [EvaluationRow.from_json(row) for row in json.loads((run / "evaluation.json").read_text())["rows"]]
-    groups: dict[tuple[str, int | None], list[EvaluationRow]] = {}
+    groups: dict[tuple[str, int | None, int | None], list[EvaluationRow]] = {}
     for row in rows:
-        # The id names the K that a student was trained with.
-        groups.setdefault((split_student(row.student)[0], row.k), []).append(row)
-    table = [_line(name, members) for (name, _), members in groups.items()]
+        groups.setdefault((split_student(row.student)[0], row.k_trained, row.k), []).append(row)
+    table = [_line(name, members) for (name, _, _), members in groups.items()]
     print_table(table, run.name)
     title = f"Ablation {run.name}: {kept['model']}, layer {config['layer'][0]}, {config['tokens']:,} tokens"
     write_report(f"ablation_{run.name}", title, table, described, {"config": kept})

@@ -14,7 +14,7 @@ import argparse
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import NamedTuple
 
 from matplotlib.axes import Axes
@@ -71,8 +71,9 @@ def main() -> None:
 
 
 def _config(run: Path) -> dict[str, object]:
-    config = json.loads((run / "run.json").read_text())["config"]
-    kept = {name: config[name] for name in KEPT}
+    configuration = json.loads((run / "run.json").read_text())
+    config = configuration["config"]
+    kept = {name: config[name] for name in KEPT} | {"precision": configuration["resources"]["precision"]}
     return kept | {"model": Path(config["model"]).name, "text": [Path(text).name for text in config["text"]]}
 
 
@@ -113,13 +114,13 @@ def _claim(cells: Grid, low: str, high: str) -> dict[str, object]:
     ]
     below = sum(fmean(row.ce_increase for row in a) < fmean(row.ce_increase for row in b) for a, b in both)
     everywhere = sum(max(row.ce_increase for row in a) < min(row.ce_increase for row in b) for a, b in both)
-    ratios = sorted(fmean(row.ce_increase for row in a) / fmean(row.ce_increase for row in b) for a, b in both)
+    ratios = [fmean(row.ce_increase for row in a) / fmean(row.ce_increase for row in b) for a, b in both]
     return {
         "claim": f"{kind_style(low).name} below {kind_style(high).name}",
         "cells": len(both),
         "on average": below,
         "every seed below every seed": everywhere,
-        "median ratio": ratios[len(ratios) // 2],
+        "median ratio": median(ratios),
     }
 
 

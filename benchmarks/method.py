@@ -3,19 +3,21 @@
     mxd train --recipe ablation-shared-stories --model DIR --text FILE --out RUN && mxd evaluate RUN
     python benchmarks/method.py RUN --name method_stories260K
 
-Several runs must differ in their students only. Means are over seeds. `of transcoder` and `of skip` are the
-cross-entropy increase in shares of the best transcoder's and the best skip transcoder's.
+Several runs must differ in their students only. Means are over seeds, `±` is half of the 95 % t interval. `of
+transcoder` and `of skip` are the cross-entropy increase in shares of the best transcoder's and the best skip
+transcoder's.
 """
 
 import argparse
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 from harness import RESULTS, machine, print_table, write_report
 from mxd.evaluation.drawing import split_student
+from mxd.evaluation.intervals import seed_interval
 from mxd.evaluation.rows import EvaluationRow
 from mxd.evaluation.trade import draw_trade
 
@@ -28,7 +30,7 @@ def main() -> None:
     parser.add_argument("--name", required=True, help="name of the files in benchmarks/results")
     parser.add_argument("--hardware", default="", help="what the run was trained on, where it is not this machine")
     args = parser.parse_args()
-    configs = [json.loads((run / "run.json").read_text())["config"] for run in args.run]
+    configurations = [json.loads((run / "run.json").read_text()) for run in args.run]
     rows = [row for run in args.run for row in json.loads((run / "evaluation.json").read_text())["rows"]]
     kept = (
         "model",
@@ -42,7 +44,10 @@ def main() -> None:
         "eval_tokens",
         "expansion",
     )
-    config, *others = [{name: config[name] for name in kept} for config in configs]
+    config, *others = [
+        {name: found["config"][name] for name in kept} | {"precision": found["resources"]["precision"]}
+        for found in configurations
+    ]
     if any(other != config for other in others):
         parser.error("the runs must be of one model, text, length and schedule")
     for row in rows:
@@ -69,7 +74,7 @@ def _line(groups: Mapping[tuple[int, str], Rows], layer: int, name: str, members
     def mean(key: str, rows: Rows = members) -> float:
         return fmean(row[key] for row in rows)
 
-    increases = [row["ce_increase"] for row in members]
+    interval = seed_interval([row["ce_increase"] for row in members])
     specialisations = [row["specialisation"] for row in members if row["specialisation"] is not None]
     line: dict[str, object] = {
         "layer": layer,
@@ -79,7 +84,7 @@ def _line(groups: Mapping[tuple[int, str], Rows], layer: int, name: str, members
         "fvu": mean("fvu"),
         "ce_increase": mean("ce_increase"),
         "KL": mean("kl"),
-        "± over seeds": stdev(increases) if len(members) > 1 else "",
+        "± over seeds": "" if interval is None else (interval[1] - interval[0]) / 2,
         "specialisation": fmean(specialisations) if specialisations else "",
     }
     k = members[0]["k"]

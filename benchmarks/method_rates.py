@@ -7,20 +7,21 @@
 
 `--base` is a table of `method.py`, of the same model, layer, tokens and schedule, whose students learnt at `auto`. A
 student's best rate is the one with the least mean of `--score`; its shares are of the best transcoder and of the best
-skip transcoder, each at its own best rate.
+skip transcoder, each at its own best rate. `±` is half of the 95 % t interval over seeds.
 """
 
 import argparse
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
 from harness import RESULTS, machine, print_table, write_report
 from mxd.evaluation.drawing import GRID, MUTED, add_legend, figure, kind_of, kind_style, split_student
+from mxd.evaluation.intervals import seed_interval
 
 AUTO = 4e-3
 """What `--lr auto` is for inputs up to 256 wide (docs/training.md)."""
@@ -94,15 +95,15 @@ def table(points: Sequence[Point], score: str) -> list[dict[str, object]]:
 
     rows: list[dict[str, object]] = []
     for point in points:
-        increases = [seed.scores[score] for seed in point.seeds]
+        interval = seed_interval([seed.scores[score] for seed in point.seeds])
         row: dict[str, object] = {
             "student": point.student,
             "lr": f"{point.lr:g}",
-            "seeds": len(increases),
+            "seeds": len(point.seeds),
             "fvu": point.mean("fvu"),
             "ce_increase": point.mean("ce_increase"),
             "KL": point.mean("kl"),
-            "± over seeds": stdev(increases) if len(increases) > 1 else "",
+            f"± {SCORES[score]}": "" if interval is None else (interval[1] - interval[0]) / 2,
             "specialisation": point.mean("specialisation") or "",
         }
         is_best = point is best(other for other in points if other.student == point.student)

@@ -190,17 +190,16 @@ class Student:
     ) -> tuple[SparseLayerOutput, Float[Tensor, ""]]:
         """Add these rows' gradients to those of the batch's other rows; return output and share of the batch's loss."""
         with _autocast(x, autocast):
-            output = self._output(x, k)
+            code = self.network.encode_at(x, k)
+            base = self.network.base(x) if self.config.shared_penalty else None
+            prediction = self.network.decode(x, code) if base is None else self.network.carried(x, code) + base
+            output = SparseLayerOutput(prediction, code)
             loss = self.loss(output, target)
             if self.config.l1_coefficient:
-                loss = loss + self.config.l1_coefficient * l1_penalty(output.code.values, self._lengths_of(output.code))
-            if self.config.shared_penalty:
-                shared = output.prediction.float() - self.network.carried(x, output.code).float()
-                energy = (
-                    shared_energy(shared, target.float())
-                    if whole is None
-                    else shared_energy_of_part(shared, target.float(), whole)
-                )
+                loss = loss + self.config.l1_coefficient * l1_penalty(code.values, self._lengths_of(code))
+            if base is not None:
+                shared, aims = base.float(), target.float()
+                energy = shared_energy(shared, aims) if whole is None else shared_energy_of_part(shared, aims, whole)
                 loss = loss + self.config.shared_penalty * energy
         loss = loss * (len(x) / batch_tokens)
         loss.backward()
@@ -211,12 +210,6 @@ class Student:
             revival.backward(inputs=self.network.latent_parameters())
             loss = loss + revival
         return output, loss.detach()
-
-    def _output(self, x: Tensor, k: int) -> SparseLayerOutput:
-        if k == self.network.config.k:
-            return self.network(x)
-        code = self.network.encode_at(x, k)
-        return SparseLayerOutput(self.network.decode(x, code), code)
 
     def _lengths_of(self, code: SparseCode) -> Float[Tensor, "tokens k"]:
         lengths = self.network.latent_lengths()
