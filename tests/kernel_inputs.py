@@ -1,5 +1,8 @@
 """Random tensors, gradients and layers for the tests of the kernels."""
 
+from dataclasses import replace
+from typing import Any
+
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
@@ -38,3 +41,8 @@ LAYER_CONFIGS = {
     "low-rank": LowRankMixtureConfig(d_in=5, d_hidden=6, d_out=6, num_experts=997, rank=4, k=3),
     "molt": LinearTransformMixtureConfig(d_in=5, d_out=6, num_latents=997, rank=4, k=3),
 }
+
+
+def with_latents(config: Any, num_latents: int) -> Any:
+    """Return a layer's configuration with so many latents, or experts."""
+    return replace(config, **{"num_experts" if hasattr(config, "num_experts") else "num_latents": num_latents})

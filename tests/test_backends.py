@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mxd.kernels import backends, linear, products, reference, selection
-from mxd.layers import LAYERS, SparseLayer
+from mxd.layers import LAYERS, SparseLayer, SparseLayerConfig
 from mxd.losses import distillation_loss
-from tests.kernel_inputs import LAYER_CONFIGS, dense_gradients, normal, seeds, sizes
+from tests.kernel_inputs import LAYER_CONFIGS, dense_gradients, normal, seeds, sizes, with_latents
 
 
 @settings(deadline=None, max_examples=80)
@@ -129,39 +129,74 @@ def test_bfloat16_goes_to_onednn_only_where_the_processor_has_it(monkeypatch: py
     torch.testing.assert_close(product, x @ weight)
 
 
-@pytest.mark.parametrize("kind", LAYERS)
-@pytest.mark.parametrize("name", ["torch", "onednn", "triton"])
-def test_every_backend_takes_the_same_training_step(kind: str, name: str, backend: Callable[[str], None]) -> None:
-    if name == "onednn" and not backends.has_onednn():
-        pytest.skip("this processor or PyTorch has no oneDNN")
-    if name == "triton":
-        pytest.importorskip("triton", reason="triton is not installed")
-    config = LAYER_CONFIGS[kind]
+def layer_of(kind: str, config: SparseLayerConfig) -> SparseLayer:
     layer = cast(Callable[..., SparseLayer], LAYERS[kind].layer)(config, torch.Generator().manual_seed(0))
     with torch.no_grad():
         layer.get_parameter("W_dec").normal_(generator=torch.Generator().manual_seed(1))
-    x, target = normal(40, config.d_in).detach().float(), normal(40, config.d_out, seed=1).detach().float()
-    weights = tuple(layer.parameters())
+    return layer
+
+
+def loss_and_gradients(layer: SparseLayer, tokens: int) -> tuple[Tensor, ...]:
+    x, target = (normal(tokens, d, seed=seed).detach().float() for seed, d in enumerate((layer.d_in, layer.d_out)))
+    loss = distillation_loss(layer(x).prediction, target)
+    return (loss, *torch.autograd.grad(loss, tuple(layer.parameters())))
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("name", ["torch", "onednn", "triton"])
+def test_every_backend_takes_the_same_training_step(
+    kind: str, name: str, backend: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if name == "onednn" and not backends.has_onednn():
+        pytest.skip("this processor or PyTorch has no oneDNN")
+    tokens, latents = 40, 997
+    if name == "triton":
+        pytest.importorskip("triton", reason="triton is not installed")
+        # Triton's interpreter takes its time for every row; with these, some have a chunk of pairs to themselves.
+        tokens, latents = 8, 11
+        monkeypatch.setattr("mxd.kernels.triton_tables.CHUNK", 4)
+    layer = layer_of(kind, with_latents(LAYER_CONFIGS[kind], latents))
     results: list[tuple[Tensor, ...]] = []
     for chosen in ("reference", name):
         backend(chosen)
-        assert backends.backend(x.device) == (chosen if chosen != "triton" or backends._is_interpreting() else "onednn")
-        loss = distillation_loss(layer(x).prediction, target)
-        results.append((loss, *torch.autograd.grad(loss, weights)))
+        found = backends.backend(torch.device("cpu"))
+        assert found == (chosen if chosen != "triton" or backends._is_interpreting() else "onednn")
+        results.append(loss_and_gradients(layer, tokens))
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
-def test_the_environment_chooses_a_backend_and_a_wrong_one_is_refused(
-    backend: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("kind", ["transcoder", "molt"])
+def test_the_reference_takes_the_same_step_twice_on_two_threads(kind: str, backend: Callable[[str], None]) -> None:
+    """Of these kinds one goes through `mix` alone, the other through `dots` too."""
+    backend("reference")
+    # Each of few latents is named by a thousand tokens.
+    layer = layer_of(kind, with_latents(LAYER_CONFIGS[kind], 12))
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        first = loss_and_gradients(layer, 4000)
+        for _ in range(6):
+            assert all(torch.equal(*pair) for pair in zip(first, loss_and_gradients(layer, 4000), strict=True))
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "expected"), [("reference", "reference"), ("torch", "torch"), ("auto", None), ("", None)]
+)
+def test_the_environment_chooses_a_backend(chosen: str, expected: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    # As in a process where nobody has asked yet.
+    monkeypatch.setattr(backends, "_chosen", None)
+    monkeypatch.setenv(backends.VARIABLE, chosen)
+    assert backends.backend(torch.device("cpu")) == (expected or backends.automatic_backend("cpu"))
+
+
+def test_a_new_process_has_its_environments_backend_and_a_wrong_one_is_refused(backend: Callable[[str], None]) -> None:
     program = "from mxd.kernels import backends; import torch; print(backends.backend(torch.device('cpu')))"
-    for chosen, expected in (("reference", "reference"), ("torch", "torch"), ("auto", None), ("", None)):
-        environment = os.environ | {backends.VARIABLE: chosen}
-        done = subprocess.run(
-            [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
-        )
-        assert done.stdout.strip() == (expected or backends.automatic_backend("cpu"))
+    environment = os.environ | {backends.VARIABLE: "reference"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "reference"
     with pytest.raises(
         ValueError, match="MXD_KERNELS must be one of auto, reference, torch, onednn, triton; got 'fast'"
     ):

@@ -1,11 +1,13 @@
 """What the kernels compute, stated as plainly as possible; dense, and meant for float64.
 
-Every fast path is tested against these lines, values and gradients.
+Every fast path is tested against these lines, values and gradients. Rows are named through `embedding`, whose gradient
+is summed in one order; that of `table[indices]` is summed in whatever order threads run.
 """
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional
 
 
 def linear(
@@ -27,11 +29,11 @@ def mix(
     values: Float[Tensor, "tokens k"], indices: Int[Tensor, "tokens k"], table: Float[Tensor, "n d"]
 ) -> Float[Tensor, "tokens d"]:
     """Return the sum of the named table rows, each times its value."""
-    return torch.einsum("tk,tkd->td", values, table[indices])
+    return torch.einsum("tk,tkd->td", values, functional.embedding(indices, table))
 
 
 def dots(
     dense: Float[Tensor, "tokens d"], indices: Int[Tensor, "tokens k"], table: Float[Tensor, "n d"]
 ) -> Float[Tensor, "tokens k"]:
     """Return each token's dot products with the table rows that it names."""
-    return torch.einsum("td,tkd->tk", dense, table[indices])
+    return torch.einsum("td,tkd->tk", dense, functional.embedding(indices, table))

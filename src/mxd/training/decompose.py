@@ -105,6 +105,8 @@ def make_plan(config: TrainConfig, stored: Mapping[str, JSON] | None = None) -> 
         resources = stored_resources(resources, stored)
     cache = open_cache(config, language_model, sites, text, tokens, resources)
     if cache is not None and cache.coverage().bytes_missing == 0:
+        # Then the model does not run, and prefetching pays where a core is left over: a second thread on a core that a
+        # student's products use makes all their threads wait for it.
         resources = replace(resources, prefetch=resources.prefetch or resources.threads < usable_cores())
     return Plan(
         config=config,

@@ -42,8 +42,8 @@ def resolve_resources(config: TrainConfig, device: str, widest: int, weights: to
     for. Its residual stream and norms stay in float32; an MLP's output, the product of its last layer, is rounded to
     bfloat16. `mxd evaluate` runs the model as its files have it.
 
-    Batches are prefetched on a CUDA device, which the second thread keeps busy, and where the model does not run and a
-    core is left over: a second thread on a core that a student's products use makes all their threads wait for it.
+    Batches are prefetched on a CUDA device, which the second thread keeps busy; `make_plan` adds runs that read a
+    complete cache.
 
     Args:
         config: What was asked for.
