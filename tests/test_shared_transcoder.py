@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mxd.data.activations import ActivationBatch
 from mxd.evaluation.specialisation import specialisation
+from mxd.kernels import mix
 from mxd.layers import (
     Encoder,
     MixtureOfDecoders,
@@ -170,6 +171,25 @@ def test_a_charge_moves_variance_from_the_shared_expert_to_the_latents() -> None
         return float((shared - shared.mean(0)).square().sum() / (target - target.mean(0)).square().sum())
 
     assert share(1.0) < 0.6 * share(0.0)
+
+
+@pytest.mark.parametrize("micro_batch_tokens", [None, 4])
+def test_a_step_sums_the_latents_rows_once_for_each_token(
+    micro_batch_tokens: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens: list[int] = []
+
+    def counted(values: Tensor, indices: Tensor, table: Tensor) -> Tensor:
+        tokens.append(len(values))
+        return mix(values, indices, table)
+
+    monkeypatch.setattr("mxd.layers.shared_transcoder.mix", counted)
+    config = StudentConfig(lr=1e-2, shared_penalty=0.3, micro_batch_tokens=micro_batch_tokens)
+    layer = SharedTranscoder(SharedTranscoderConfig(d_in=4, d_hidden=6, d_out=5, num_latents=8, k=2))
+    student = Student("s", 0, layer, config)
+    x, target, is_content = normal(12, 4).float(), normal(12, 5, seed=1).float(), torch.ones(12, dtype=torch.bool)
+    student.step(0, x, target, is_content, lr_factor=1.0, autocast=None)
+    assert sum(tokens) == 12
 
 
 GRID = ["--kind", "shared-transcoder", "mxd", "--init", "auto", "paper", "model", "--shared-penalty", "0.1", "1"]
