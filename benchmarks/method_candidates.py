@@ -69,7 +69,7 @@ METHODS: dict[str, Method] = {
     **{f"wide-{rate}-.15": replace(WIDE, shared_rate=rate) for rate in ("quarter", "fourfold")},
     "wide-batch-topk-.15": replace(WIDE, selection="batch-topk"),
     "wide-auxiliary-.15": replace(WIDE, auxiliary=1 / 32),
-    "wide-unlike-.15": replace(WIDE, unlike=1.0),
+    "wide-unlike-.15": replace(WIDE, unlike=0.01),  # As much as the error, after 200 thousand tokens of `wide-.15`.
     "wide-balanced-.15": replace(WIDE, layer=BalancedTranscoder),
     "mixture-.1": replace(SHARED, layer=SharedMixture),
     **{f"mixture-common-{p}": Method(layer=SharedMixture, penalty=float(p), common=True) for p in (".1", ".3")},
