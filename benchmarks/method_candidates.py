@@ -8,7 +8,9 @@ are judged on held-out text. A shared expert begins as the MLP, as wide, and lea
 `METHODS` says otherwise (`wide` is what the library trains); a number at the end of a name is the charge. Each result
 is kept in a file at once: the same command goes on where it stopped. `shared` is the variance of what no latent carries
 over the prediction's, `always-on` counts latents that fire on more than half of the held-out tokens, `dead` is the
-share of those that never do, `seconds` those of training. `mxd` begins as in the paper.
+share of those that never do, `seconds` those of training. `mxd`, `mxd-skip` and `mxd-h21` begin as in the paper, other
+mixtures with the model's encoder. The file also says how many latents are active (`active`), k unless the selection
+decides it.
 """
 
 import argparse
