@@ -162,7 +162,7 @@ def try_out(name: str, task: Task) -> dict[str, Any]:
 
 def draw(rows: list[dict[str, Any]], subtitle: str) -> bytes:
     """Return the picture, where down is faithful and right is specialised; names keep clear of what is there."""
-    with figure(9, 6, title="Faithful and specialised", subtitle=subtitle, legend=True) as drawing:
+    with figure(11, 8, title="Faithful and specialised", subtitle=subtitle, legend=True) as drawing:
         axes = drawing.subplots()
         points = {row["candidate"]: (row["specialisation"], max(row["ce_increase"], SMALLEST_DRAWN)) for row in rows}
         for name, point in points.items():
