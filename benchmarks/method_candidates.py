@@ -8,83 +8,71 @@ are judged on held-out text. A shared expert begins as the MLP, as wide, and lea
 `METHODS` says otherwise (`wide` is what the library trains); a number at the end of a name is the charge. Each result
 is kept in a file at once: the same command goes on where it stopped. `shared` is the variance of what no latent carries
 over the prediction's, `always-on` counts latents that fire on more than half of the held-out tokens, `dead` is the
-share of those that never do, `seconds` those of training. `mxd` begins as in the paper.
+share of those that never do, `seconds` those of training. `mxd`, `mxd-skip` and `mxd-h21` begin as in the paper, other
+mixtures with the model's encoder. The file also says how many latents are active (`active`), k unless the selection
+decides it.
 """
 
 import argparse
 import json
-import math
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
-from torch import Generator, Tensor, nn
-from torch.nn import functional
+from torch import Tensor
 
 from harness import RESULTS, machine, write_report
 from method_layers import (
+    BalancedTranscoder,
     BentTranscoder,
     ConfinedTranscoder,
     ConstantMixture,
     ContinuousTranscoder,
+    MeanFreeMixture,
     NarrowMixture,
     SharedMixture,
+    SkipMixture,
 )
+from method_training import Method, Task, train
 from mxd.atomic import write_bytes_atomically, write_text_atomically
 from mxd.cli.numbers import parse_count
-from mxd.data.tokens import content_positions, held_out_contexts, special_tokens
 from mxd.evaluation.drawing import MUTED, add_legend, figure, kind_style, png
-from mxd.evaluation.faithfulness import EvaluationText, model_losses, replacement
+from mxd.evaluation.faithfulness import model_losses, replacement
 from mxd.evaluation.specialisation import specialisation
-from mxd.layers import LAYERS, MlpWeights, SharedTranscoder, SharedTranscoderConfig, SparseLayer
+from mxd.layers import LAYERS, MixtureOfDecodersConfig, MlpWeights, SharedTranscoderConfig, SparseLayer
 from mxd.layers.dense_encoder import dense_encoder
 from mxd.layers.sizing import transcoder_budget
-from mxd.losses import distillation_loss, shared_energy
-from mxd.metrics import error_sums, kl_divergence
-from mxd.models import capture_mlp, mlp_pairs, mlp_weights, replace_mlp, vocabulary_size
+from mxd.metrics import error_sums
+from mxd.models import mlp_weights
 from mxd.quantities import compact
-from mxd.training.config import TrainConfig
-from mxd.training.decompose import make_plan
-from mxd.training.optimizer import adamw, project_gradients_, renormalize_
 
-STORED_TOKENS, HELD_OUT_TOKENS, FISHER_TOKENS = 830_000, 65_536, 60_000
-FISHER_FLOOR, SMALLEST_DRAWN = 0.05, 1e-4
-ANNEALED, THROUGH_MODEL = 0.5, 0.75  # Shares of training: until K is down; from which on the rest of the model counts.
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Method:
-    """One candidate: a layer and how it learns; shares are of training."""
-
-    layer: type[SparseLayer] = SharedTranscoder
-    model_start: bool = True
-    width: float = 1.0  # Hidden units over the model's own: its most important ones, or all of them and new ones.
-    own_width: float = 0.0  # Hidden units of the experts' own, over the model's.
-    directions: int = 0  # Those in which the target varies most, to which latents are confined.
-    penalty: float = 0.0
-    common: bool = False  # Whether the penalty is on the experts' best common direction too.
-    released: float = 1.0  # Share from which on nothing is charged.
-    shared_rate: Literal["quarter", "full", "frozen encoder"] = "quarter"
-    fisher: bool = False
-    first_k: int = 1  # Latents active at the beginning, over those active in the end.
-    kl: float = 0.0  # Weight of KL(model ‖ model with the layer in it), towards the end.
-
+SMALLEST_DRAWN = 1e-4
 
 SHARED, WIDE = Method(penalty=0.1), Method(penalty=0.15, width=4, shared_rate="full")
 DRAWN = {kind: Method(layer=LAYERS[kind].layer, model_start=False) for kind in ("transcoder", "skip-transcoder", "mxd")}
+MEAN_FREE = Method(layer=MeanFreeMixture)
 METHODS: dict[str, Method] = {
     **DRAWN,
     "mxd-model": replace(DRAWN["mxd"], model_start=True),
+    "mxd-h21": replace(DRAWN["mxd"], width=1 / 8),
+    "mxd-skip": replace(DRAWN["mxd"], layer=SkipMixture),
+    "mxd-skip-warm": Method(layer=SkipMixture),
+    **{f"mxd-mean-free-{p}": replace(MEAN_FREE, mean_beside=True, penalty=float(p)) for p in (".15", "1")},
+    "mxd-mean-held": replace(MEAN_FREE, mean_size=0.25),  # 1/√k
     **{f"shared-{penalty}": Method(penalty=float(penalty)) for penalty in (".03", ".1", ".3", "1")},
     "full-rate-.1": replace(SHARED, shared_rate="full"),
     "frozen-.1": replace(SHARED, shared_rate="frozen encoder"),
     **{f"width-x{width:g}-.1": replace(SHARED, width=width) for width in (0.25, 0.5)},
     **{f"width-x{width}-.1": replace(SHARED, width=width, shared_rate="full") for width in (2, 6)},
     **{f"wide-{p}": replace(WIDE, penalty=float(p)) for p in (".07", ".1", ".15", ".3")},
+    **{f"wide-{rate}-.15": replace(WIDE, shared_rate=rate) for rate in ("quarter", "fourfold")},
+    "wide-batch-topk-.15": replace(WIDE, selection="batch-topk"),
+    "wide-auxiliary-.15": replace(WIDE, auxiliary=1 / 32),
+    "wide-unlike-.15": replace(WIDE, unlike=0.01),  # As much as the error, after 200 thousand tokens of `wide-.15`.
+    "wide-balanced-.15": replace(WIDE, layer=BalancedTranscoder),
     "mixture-.1": replace(SHARED, layer=SharedMixture),
     **{f"mixture-common-{p}": Method(layer=SharedMixture, penalty=float(p), common=True) for p in (".1", ".3")},
     **{f"narrow-{p}": Method(layer=NarrowMixture, penalty=float(p), own_width=1 / 8) for p in (".1", ".3")},
@@ -101,55 +89,6 @@ METHODS: dict[str, Method] = {
 }
 
 
-class Task:
-    """The MLP that every candidate learns: its activations, and held-out text."""
-
-    def __init__(self, args: argparse.Namespace) -> None:
-        config = TrainConfig(
-            **cast(Any, {name: getattr(args, name) for name in ("model", "tokens", "batch_tokens", "lr", "seed")}),
-            layer=(args.layer,),
-            k=(args.k,),
-            text=tuple(args.text),
-            kind=tuple(dict.fromkeys(method.layer.kind for method in METHODS.values())),
-            schedule="linear",
-            warmup_tokens=args.tokens // 25,  # As results/ had it, whatever `auto` is now.
-            device="cpu",
-            model_dtype="float32",
-        )
-        self.plan, self.layer, self.k, self.lr = make_plan(config), args.layer, args.k, args.lr
-        self.model, self.site = cast(nn.Module, self.plan.language_model.model), self.plan.sites[args.layer]
-        wanted = max(args.batch_tokens, min(args.tokens, STORED_TOKENS))
-        self.contexts = self.plan.tokens.take(math.ceil(wanted / config.context))
-        self.x, self.target = self._activations(self.contexts)
-        tokenizer, sizes = self.plan.language_model.tokenizer, {"vocab_size": vocabulary_size(self.model)}
-        sizes |= {"context": config.context, "num_tokens": HELD_OUT_TOKENS}
-        held_out, documents = held_out_contexts(self.plan.text, tokenizer, **sizes)[:2]
-        self.text = EvaluationText(contexts=held_out, documents=documents, special_ids=special_tokens(tokenizer))
-        content = content_positions(held_out, self.text.special_ids).flatten()
-        self.held_out = [rows[content] for rows in self._activations(held_out)]
-
-    def _activations(self, contexts: Tensor) -> list[Tensor]:
-        pairs = [mlp_pairs(self.model, some, [self.layer])[self.layer] for some in contexts.split(32)]
-        return [torch.cat(tensors).flatten(0, 1) for tensors in zip(*pairs, strict=True)]
-
-    @cached_property
-    def fisher_root(self) -> Tensor:
-        """R with R Rᵀ = E[g gᵀ], trace d: g is the gradient by the output of losses on what the model predicts."""
-        generator = torch.Generator().manual_seed(self.plan.config.seed)
-        products, context = torch.zeros(self.site.d_out, self.site.d_out), self.contexts.shape[1]
-        tracked = replace_mlp(self.model, {self.layer: lambda x: self.site(x).requires_grad_()})
-        with tracked, capture_mlp(self.model, [self.layer]) as pairs:
-            for contexts in self.contexts[: math.ceil(FISHER_TOKENS / context)].split(32):
-                logits = self.model(contexts, use_cache=False).logits.flatten(0, 1)
-                drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator).squeeze(1)
-                loss = functional.cross_entropy(logits, drawn, reduction="sum")
-                gradient = torch.autograd.grad(loss, pairs[self.layer].target)[0].flatten(0, 1)
-                products += gradient.T @ gradient
-        scaled = products * (len(products) / products.trace())
-        values, vectors = torch.linalg.eigh(torch.lerp(scaled, torch.eye(len(scaled)), FISHER_FLOOR))
-        return vectors * values.clamp_min(0).sqrt()
-
-
 def narrowed(mlp: MlpWeights, config: SharedTranscoderConfig, x: Tensor) -> MlpWeights:
     """Return an MLP of the units that matter most on x, as many as the shared expert has at most."""
     encoder = dense_encoder(config.encoder, config.d_in, len(mlp.W_dec), config.activation, None)
@@ -164,96 +103,29 @@ def build(method: Method, task: Task) -> SparseLayer:
     """Return the layer as it begins, with as many latents as a transcoder's parameters pay for."""
     planned = next(student for student in task.plan.students if student.kind == method.layer.kind)
     make, config, mlp = cast(Any, method.layer), planned.network, mlp_weights(task.site)
-    if isinstance(config, SharedTranscoderConfig):
+    if isinstance(config, SharedTranscoderConfig | MixtureOfDecodersConfig):
         if method.directions:
             principal = torch.linalg.eigh(task.target.T.cov()).eigenvectors[:, -method.directions :]
             make = partial(make, directions=principal.contiguous())
         if method.own_width:
             make = partial(make, units=int(method.own_width * task.site.d_hidden))
-        few = replace(config, d_hidden=int(method.width * task.site.d_hidden), num_latents=4 * task.k)
+        if method.mean_size:
+            make = partial(make, size=method.mean_size)
+        changes: dict[str, Any] = {"d_hidden": int(method.width * task.site.d_hidden), "selection": method.selection}
+        changes |= {"shared_expert": True} if method.mean_beside else {}
+        latents = "num_latents" if isinstance(config, SharedTranscoderConfig) else "num_experts"
+        few = replace(config, **changes, **{latents: 4 * task.k})
         with torch.device("meta"):
-            layers = make(few), make(replace(few, num_latents=few.num_latents + 1))
+            layers = make(few), make(replace(few, **{latents: few.num_latents + 1}))
         size, larger = (sum(weight.numel() for weight in layer.parameters()) for layer in layers)
         more = round((transcoder_budget(config.d_in, config.d_out) - size) / (larger - size))
-        config = replace(few, num_latents=few.num_latents + more)
+        config = replace(few, **{latents: few.num_latents + more})
+    if isinstance(config, SharedTranscoderConfig):
         mlp = narrowed(mlp, config, task.x[:20_000])
     layer = cast(SparseLayer, make(config, torch.Generator().manual_seed(planned.seed)))
     if method.model_start:
         layer.begin_from(mlp)
     return layer
-
-
-def common_part(carried: Tensor, dense: Tensor, g: Tensor, tiny: float = 1e-12) -> tuple[Tensor, Tensor]:
-    """Return the best s_t (g ∘ q_t) in what experts carry, and g, a constant, by two rounds of least squares from g."""
-    products, squares = (carried * dense).detach(), dense.detach().square()
-    for _ in range(2):
-        gains = products @ g / (squares @ g.square() + tiny)
-        g = (gains @ products) / (gains.square() @ squares + tiny)
-        # A decoder of zeros has no direction yet.
-        g = g / g.norm() if g.norm() > tiny else torch.full_like(g, len(g) ** -0.5)
-    gains = (carried * dense) @ g / (squares @ g.square() + tiny)
-    return gains[:, None] * (g * dense), g
-
-
-def shuffled(count: int, size: int, generator: Generator) -> Iterator[Tensor]:
-    """Yield batches of numbers below `count` without end, each number at most once an epoch."""
-    while True:
-        yield from torch.randperm(count, generator=generator)[: count // size * size].split(size)
-
-
-def through_model(task: Task, layer: SparseLayer, contexts: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return x, base and what is carried at all tokens, and the model's KL divergence with the layer in it."""
-    seen: list[tuple[Tensor, Tensor, Tensor]] = []
-
-    def stand_in(x: Tensor) -> Tensor:
-        rows = x.flatten(0, 1)
-        seen.append((rows, layer.base(rows), layer.carried(rows, layer.encode_at(rows, k))))
-        return (seen[-1][1] + seen[-1][2]).view(x.shape)
-
-    with torch.no_grad():
-        reference = task.model(contexts, use_cache=False).logits
-    with replace_mlp(task.model, {task.layer: stand_in}):
-        logits = task.model(contexts, use_cache=False).logits
-    return *seen.pop(), kl_divergence(reference, logits).mean()
-
-
-def train(method: Method, layer: SparseLayer, task: Task) -> None:
-    plan, k, lr, context = task.plan, task.k, task.lr, task.contexts.shape[1]
-    if method.shared_rate == "frozen encoder":
-        cast(SharedTranscoder, layer).encoder.requires_grad_(False)
-    slow = ("encoder.", "W_shared") if isinstance(layer, SharedTranscoder) and method.shared_rate != "full" else ()
-    named, tables = [pair for pair in layer.named_parameters() if pair[1].requires_grad], layer.unit_length_tables()
-    groups = [(rate, [w for name, w in named if name.startswith(slow) == (rate < 1)]) for rate in (0.25, 1.0)]
-    optimizers = [(rate, adamw(weights, lr, 0.0)) for rate, weights in groups if weights]
-    generator, direction = torch.Generator().manual_seed(plan.config.seed), torch.ones(task.site.d_out)
-    rows = shuffled(len(task.x), plan.config.batch_tokens, generator)
-    contexts = shuffled(len(task.contexts), plan.config.batch_tokens // context, generator)
-    for step in range(plan.steps):
-        done = step / plan.steps
-        active = max(k, round(k * (method.first_k - (method.first_k - 1) * done / ANNEALED)))
-        if method.kl and done >= THROUGH_MODEL:
-            chosen = next(contexts)
-            target = task.target.unflatten(0, (-1, context))[chosen].flatten(0, 1)
-            x, base, carried, divergence = through_model(task, layer, task.contexts[chosen], active)
-            loss = method.kl * divergence
-        else:
-            chosen = next(rows)
-            x, target, loss = task.x[chosen], task.target[chosen], torch.zeros(())
-            base, carried = layer.base(x), layer.carried(x, layer.encode_at(x, active))
-        error = base + carried - target
-        loss = loss + distillation_loss(target + (error @ task.fisher_root if method.fisher else error), target)
-        if method.penalty and done < method.released:
-            if method.common:
-                shared, direction = common_part(carried, cast(Tensor, layer.dense_branch(x)), direction)
-                base = base + shared
-            loss = loss + method.penalty * shared_energy(base, target)
-        loss.backward()
-        project_gradients_(tables)
-        for rate, optimizer in optimizers:
-            optimizer.param_groups[0]["lr"] = lr * plan.schedule.factor(step) * rate
-            optimizer.step()
-        layer.zero_grad(set_to_none=True)
-        renormalize_(tables)
 
 
 @torch.no_grad()
@@ -281,13 +153,16 @@ def try_out(name: str, task: Task) -> dict[str, Any]:
     start = time.perf_counter()
     train(METHODS[name], layer, task)
     seconds = time.perf_counter() - start
-    row = {"candidate": name, **judge(layer, task), "seconds": seconds}
-    return {"latents": layer.config.num_latents, "parameters": sum(w.numel() for w in layer.parameters()), "row": row}
+    row = {"candidate": name, **judge(layer.eval(), task), "seconds": seconds}
+    with torch.no_grad():
+        active = (layer.encode(task.held_out[0]).values > 0).sum(-1).double().mean().item()
+    parameters = sum(weight.numel() for weight in layer.parameters())
+    return {"latents": layer.config.num_latents, "parameters": parameters, "active": active, "row": row}
 
 
 def draw(rows: list[dict[str, Any]], subtitle: str) -> bytes:
     """Return the picture, where down is faithful and right is specialised; names keep clear of what is there."""
-    with figure(9, 6, title="Faithful and specialised", subtitle=subtitle, legend=True) as drawing:
+    with figure(11, 8, title="Faithful and specialised", subtitle=subtitle, legend=True) as drawing:
         axes = drawing.subplots()
         points = {row["candidate"]: (row["specialisation"], max(row["ce_increase"], SMALLEST_DRAWN)) for row in rows}
         for name, point in points.items():
@@ -330,7 +205,7 @@ def main() -> None:
     args.folder.mkdir(parents=True, exist_ok=True)
     for name in args.only:
         if name not in results:
-            task = task or Task(args)
+            task = task or Task(args, list(dict.fromkeys(method.layer.kind for method in METHODS.values())))
             results[name] = {"settings": settings, **try_out(name, task)}
             lines.append(results[name])
             write_text_atomically(kept, "".join(json.dumps(line) + "\n" for line in lines))
