@@ -1,19 +1,35 @@
 import json
 import math
+from collections.abc import Callable, Mapping
+from copy import deepcopy
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor
 
+from mxd.evaluation.comparison import compare_runs
 from mxd.evaluation.evaluate import Evaluation, evaluate_run, write_evaluation
 from mxd.evaluation.expert_use import ALWAYS_ON_RATE
+from mxd.evaluation.faithfulness import Candidate, EvaluationText, reconstructions
+from mxd.evaluation.record import write_record
 from mxd.evaluation.rows import EvaluationRow
-from mxd.layers import MixtureOfDecoders, SparseLayer
+from mxd.layers import (
+    MixtureOfDecoders,
+    MixtureOfDecodersConfig,
+    SharedTranscoder,
+    SharedTranscoderConfig,
+    SkipTranscoder,
+    SkipTranscoderConfig,
+    SparseLayer,
+    Transcoder,
+    TranscoderConfig,
+)
+from mxd.models import load_language_model
 from tests.test_evaluation import STUDENTS, Naive, is_content, naive, named, pairs, standing_in, student
 from tests.test_jacobians import exact_cosines
-from tests.tiny_run import CONTEXT, TinyRun, copied
+from tests.tiny_run import CONTEXT, Settings, TinyRun, change_json, copied
 
 NEW = (
     *("ngram_agreement", "jacobian_cosine", "stable_rank", "numerical_rank", "gini", "top_share"),
@@ -71,6 +87,74 @@ def test_use_of_latents_and_its_control_are_their_definitions(tiny: TinyRun, eva
     histogram = evaluation.use[name]
     assert sum(histogram.counts) + histogram.dead == latents
     assert histogram.dead / latents == row.dead_fraction
+
+
+SIZES = {"d_in": 16, "d_out": 16, "k": 3}
+BASES: Mapping[str, tuple[SparseLayer, Callable[[Any, Tensor], Tensor]]] = {
+    "shared transcoder": (
+        SharedTranscoder(SharedTranscoderConfig(**SIZES, num_latents=20, d_hidden=12, activation="relu")),
+        lambda layer, x: (x @ layer.encoder.W_enc + layer.encoder.b_enc).clamp_min(0) @ layer.W_shared,
+    ),
+    "mxd with a shared expert": (
+        MixtureOfDecoders(
+            MixtureOfDecodersConfig(**SIZES, num_experts=20, d_hidden=12, activation="relu", shared_expert=True)
+        ),
+        lambda layer, x: (x @ layer.encoder.W_enc + layer.encoder.b_enc).clamp_min(0) @ layer.W_dec * layer.w_shared,
+    ),
+    "skip transcoder": (
+        SkipTranscoder(SkipTranscoderConfig(**SIZES, num_latents=20)),
+        lambda layer, x: x @ layer.W_skip,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BASES)
+@torch.no_grad()
+def test_what_needs_no_latent_has_its_share_of_the_predictions_variance(tiny: TinyRun, name: str) -> None:
+    model, (layer, base) = naive(tiny), BASES[name]
+    generator = torch.Generator().manual_seed(0)
+    for parameter in layer.parameters():
+        parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    measured = base_share(tiny, layer)
+    exact = deepcopy(layer).double()
+    x, _ = content_pairs(model, 0)
+    everyone = torch.arange(layer.config.num_latents).expand(len(x), -1)
+    carried = torch.einsum("tn,tno->to", exact.encode(x).dense(20), exact.atoms(x, everyone))
+    assert measured == pytest.approx(variation(base(exact, x)) / variation(carried + base(exact, x)), rel=1e-4)
+
+
+@torch.no_grad()
+def base_share(tiny: TinyRun, layer: SparseLayer) -> float | None:
+    model = naive(tiny)
+    contexts = torch.stack(model.contexts)
+    text = EvaluationText(contexts=contexts, documents=torch.zeros_like(contexts), special_ids=model.special)
+    loaded = load_language_model(str(tiny.model), dtype=torch.float32)
+    return reconstructions(loaded.module, [Candidate(name="0", layer=0, network=layer)], text)["0"].base_share
+
+
+def test_a_base_that_does_not_vary_has_no_share(tiny: TinyRun, evaluation: Evaluation) -> None:
+    layer = Transcoder(TranscoderConfig(**SIZES, num_latents=20), torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        layer.b_dec.copy_(torch.linspace(-3, 1000, 16))
+    assert base_share(tiny, layer) is None
+    shares = {row.kind: row.base_share for row in evaluation.rows}
+    assert [kind for kind, share in shares.items() if share is not None] == ["skip-transcoder"]
+
+
+def test_an_evaluation_that_was_made_before_has_none_and_is_used(
+    tiny: TinyRun, evaluation: Evaluation, tmp_path: Path
+) -> None:
+    run = copied(tiny.run, tmp_path / "run")
+    write_record(run / "evaluation.json", evaluation.record)
+
+    def older(stored: Settings) -> None:
+        for row in cast("list[Settings]", stored["rows"]):
+            del row["base_share"]
+
+    change_json(run / "evaluation.json", older)
+    said: list[str] = []
+    rows = compare_runs([run], say=said.append).all_rows
+    assert (said, {row.base_share for row in rows}) == ([], {None})
 
 
 def test_permuting_raises_the_error_of_every_student(evaluation: Evaluation) -> None:
