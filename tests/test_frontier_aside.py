@@ -1,11 +1,10 @@
-"""A frontier on other tokens or other text than a run's `evaluation.json`: that stays, and so does what is drawn of it."""
+"""A frontier on other tokens or other text than a run's `evaluation.json`: that stays, and so do its pictures."""
 
-import json
 from pathlib import Path
 
 import pytest
 
-from mxd.evaluation.comparison import compare_runs
+from mxd.evaluation.comparison import compare_runs, frontier_folder, write_frontier
 from mxd.evaluation.record import read_record
 from mxd.training.config import TrainConfig
 from mxd.training.decompose import decompose, make_plan
@@ -19,9 +18,9 @@ def trained(tiny: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("aside") / "run"
     config = TrainConfig(
         model=str(tiny.model),
-        text=str(tiny.text),
-        layer=0,
-        kind="transcoder",
+        text=(str(tiny.text),),
+        layer=(0,),
+        kind=("transcoder",),
         k=(2, 4),
         num_latents=16,
         tokens=1024,
@@ -35,11 +34,17 @@ def trained(tiny: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-@pytest.fixture
-def drawn(mxd: Command, trained: Path, tmp_path: Path) -> Path:
-    run = copied(trained, tmp_path / "run")
-    assert mxd("frontier", run).status == 0
+@pytest.fixture(scope="module")
+def full(trained: Path) -> Path:
+    run = copied(trained, trained.with_name("full"))
+    found = compare_runs([run])
+    assert sorted(write_frontier(found, frontier_folder(found, None))) == FILES[:-1]
     return run
+
+
+@pytest.fixture
+def drawn(full: Path, tmp_path: Path) -> Path:
+    return copied(full, tmp_path / "run")
 
 
 def test_fewer_tokens_leave_the_full_evaluation_and_its_frontier(mxd: Command, drawn: Path) -> None:
@@ -54,25 +59,23 @@ def test_fewer_tokens_leave_the_full_evaluation_and_its_frontier(mxd: Command, d
     assert len(after) == len(before) + len(FILES) + 2
     assert read_record(record).identity.tokens == 128
     assert read_record(drawn / "evaluation.json").identity.tokens == 512
-    again = mxd("frontier", drawn, "--tokens", 128, "--json")
-    assert "Evaluating" not in again.err
-    assert {row["tokens_evaluated"] for row in json.loads(again.out)["rows"]} < set(range(129))
-    full = mxd("frontier", drawn, "--tokens", 512, "--out", drawn)
-    assert (full.status, "Evaluating" in full.err, f"to {drawn}." in " ".join(full.err.split())) == (0, False, True)
-    assert json.loads((drawn / "frontier.json").read_text(encoding="utf-8"))["identity"]["tokens"] == 512
+    for tokens, folder in ((128, drawn / f"frontier-{digest}"), (512, drawn)):
+        said: list[str] = []
+        found = compare_runs([drawn], tokens=tokens, say=said.append)
+        assert (said, found.stored[0].identity.tokens) == ([], tokens)
+        assert frontier_folder(found, drawn) == frontier_folder(found, None) == folder
 
 
-def test_where_there_is_no_evaluation_one_on_fewer_tokens_is_the_runs(
-    mxd: Command, trained: Path, tmp_path: Path
-) -> None:
+def test_where_there_is_no_evaluation_one_on_fewer_tokens_is_the_runs(trained: Path, tmp_path: Path) -> None:
     run = copied(trained, tmp_path / "run")
-    for _ in range(2):
-        assert mxd("frontier", run, "--tokens", 128).status == 0
+    for expected in (1, 0):
+        said: list[str] = []
+        found = compare_runs([run], tokens=128, say=said.append)
+        assert (len(said), frontier_folder(found, None)) == (expected, run)
     assert read_record(run / "evaluation.json").identity.tokens == 128
-    assert (run / "frontier.json").is_file()
     assert not [*run.glob("*-*")]
     (run / "evaluation.json").write_text("{", encoding="utf-8")
-    assert mxd("frontier", run, "--tokens", 160).status == 0
+    compare_runs([run], tokens=160)
     assert read_record(run / "evaluation.json").identity.tokens == 160, "what could not be read is made anew"
 
 
@@ -81,12 +84,10 @@ def test_the_runs_own_text_elsewhere_is_its_own_and_other_text_is_not(
 ) -> None:
     moved = tmp_path / "moved.jsonl"
     moved.write_bytes(tiny.text.read_bytes())
-    (drawn / "frontier.json").unlink()
     before = tree(drawn)
-    found = mxd("frontier", drawn, "--text", moved)
-    assert (found.status, "Evaluating" in found.err) == (0, False)
-    assert (drawn / "frontier.json").is_file()
-    assert [*drawn.glob("evaluation-*")] == []
+    said: list[str] = []
+    found = compare_runs([drawn], text=[str(moved)], say=said.append)
+    assert (said, frontier_folder(found, None)) == ([], drawn)
     other = tmp_path / "other.txt"
     other.write_text("\n\n".join(f"document {number} of quite another text, which is long" for number in range(400)))
     assert mxd("frontier", drawn, "--text", other, "--tokens", 128).status == 0

@@ -154,9 +154,8 @@ def compare_runs(
     asked = _Asked(text=text, tokens=tokens, together=together, model=model)
     descriptions = [read_finished_run(run) for run in runs]
     places = [student_places(run, description["students"]) for run, description in zip(runs, descriptions, strict=True)]
-    for run, students in zip(runs, places, strict=True):
-        if together:
-            settings_together(run, students)
+    for run, students in zip(runs, places, strict=True) if together else ():
+        settings_together(run, students)
     wanted = [asked.wanted(run, description) for run, description in zip(runs, descriptions, strict=True)]
     files = [_file(run, ahead) for run, ahead in zip(runs, wanted, strict=True)]
     found = [

@@ -117,7 +117,7 @@ def make_plan(config: TrainConfig, stored: Mapping[str, JSON] | None = None) -> 
 
 
 def _asked(config: TrainConfig, stored: Mapping[str, JSON] | None) -> tuple[TrainConfig, Commits]:
-    """Return what is asked for, checked, and at which commits; of a run that goes on where it now is and as it began."""
+    """Return what is asked for, checked, and at which commits; of a run that goes on, where and as it is."""
     if stored is not None:
         require_command(stored, "train")
         return with_places(config, stored), stored_commits(config, stored)
