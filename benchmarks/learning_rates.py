@@ -76,6 +76,7 @@ def main() -> None:
     parser.add_argument("--batch-tokens", type=parse_count, default=4096)
     parser.add_argument("--expansion", type=int, default=32)
     parser.add_argument("--k", type=int, default=16)
+    parser.add_argument("--rank", type=int)
     parser.add_argument("--kinds", nargs="+", default=["mxd", "transcoder", "skip-transcoder", "topk-sae"])
     parser.add_argument("--rates", nargs="+", type=float, default=[5e-4, 1e-3, 2e-3, 4e-3])
     parser.add_argument("--threads", type=int)
@@ -88,6 +89,7 @@ def main() -> None:
         layer=(args.layer,),
         kind=tuple(args.kinds),
         k=(args.k,),
+        rank=args.rank or "auto",
         tokens=args.tokens,
         # As the sweeps in results/ had it, whatever `auto` is now.
         warmup_tokens=args.tokens // 25,

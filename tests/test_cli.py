@@ -76,6 +76,7 @@ KEYS = [
     "top_energy_share",
     "always_on",
     "always_on_share",
+    "base_share",
     "fvu_permuted",
     "special_positions",
     "nmse_all_positions",

@@ -43,6 +43,20 @@ REFUSED_FLAGS: dict[str, tuple[Settings, tuple[str, ...]]] = {
     "device that is not there": ({"device": "cuda:99"}, ("device must be one that", "'cuda:99' is not", "Choose cpu")),
     "no tokens": ({"tokens": 0}, ("tokens must be at least 1", "got 0")),
     "snapshots at no time": ({"snapshot_every": "nan"}, ("snapshot-every must be a number of seconds", "got nan")),
+    "evaluation of less than a context": ({"eval_tokens": 10}, ("eval-tokens must fill one context, 32", "got 10")),
+    "init that no kind reads": ({"init": "model"}, ("init model is read by mxd, shared-transcoder only", "transcoder")),
+    "rank that no kind reads": (
+        {"kind": ("mxd", "transcoder"), "rank": ("auto", 8)},
+        ("rank 8 is read by low-rank, molt only", "kind mxd transcoder", "ask for a kind that reads it with --kind"),
+    ),
+    "charge that no kind reads": (
+        {"shared_penalty": (0.3, 0.5)},
+        ("shared-penalty 0.3 is read by shared-transcoder only", "kind transcoder;"),
+    ),
+    "shared expert without an mxd": (
+        {"kind": None, "shared_expert": True},
+        ("shared-expert True is read by mxd only", "kind shared-transcoder;"),
+    ),
     "module that is not there": ({"module": "model.layers.{layer}.ffn"}, ("has no 'ffn'", "Give a path that exists")),
     "module of hidden width": ({"module": "model.layers.{layer}.mlp.act_fn"}, ("is given vectors 40 wide", "say 16")),
 }

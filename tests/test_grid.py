@@ -13,10 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mxd.data.activations import ActivationBatch
-from mxd.layers import SharedTranscoderConfig
+from mxd.layers import LAYERS, LinearTransformMixtureConfig, SharedTranscoderConfig
 from mxd.layers.sizing import num_parameters
 from mxd.recipes import find_recipe
-from mxd.training.config import Settings, TrainConfig, values_of
+from mxd.settings import kinds_that_read
+from mxd.training.config import Settings, TrainConfig, require_read, values_of
 from mxd.training.estimate import memory, shape_workload
 from mxd.training.fitting import largest_grid
 from mxd.training.grid import StudentPlan, plan_students
@@ -207,3 +208,73 @@ def test_batch_topk_and_random_k_resume_bit_for_bit(trainer: Trainer, tmp_path: 
     assert files(tmp_path / "parts") == expected
     one, other = (expected[f"layers/0/transcoder-k4-topk-{how}/model.safetensors"] for how in ("fixed", "random"))
     assert one != other
+
+
+OTHER: Mapping[str, object] = {
+    "num_latents": 128,
+    "hidden": 16,
+    "activation": "relu",
+    "encoder": "mlp",
+    "rank": 4,
+    "normalize_experts": False,
+    "shared_expert": True,
+    "selection": "batch-topk",
+    "random_k": True,
+    "shared_penalty": 1.0,
+}
+"""A value of each setting, l1-coefficient and init apart, with which no student is as it is by default."""
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_a_kind_reads_a_setting_if_and_only_if_its_students_come_out_otherwise(name: str) -> None:
+    changed = [kind for kind in LAYERS if students_of(kind=(kind,)) != students_of(kind=(kind,), **{name: OTHER[name]})]
+    assert kinds_that_read(name, OTHER[name]) == changed != []
+
+
+def test_a_beginning_is_read_by_the_kinds_that_then_begin_so() -> None:
+    for init in ("paper", "model"):
+        begun = [kind for kind in LAYERS if students_of(kind=(kind,), init=init)[0].init == init]
+        assert kinds_that_read("init", init) == begun
+    assert set(OTHER) | {"init", "l1_coefficient"} == set(Settings._fields)
+
+
+def test_what_no_kind_reads_is_refused_unless_another_kind_or_the_recipe_does() -> None:
+    def check(own: TrainConfig | None = None, **changes: object) -> None:
+        require_read(replace(BASE, **changes), own)  # pyright: ignore[reportArgumentType]
+
+    check(kind=("transcoder",), init="paper", normalize_experts=(True, False))
+    check(kind=("transcoder", "molt"), rank=(4, 16))
+    with pytest.raises(ValueError, match=r"^rank 4 is read by low-rank, molt only; got it with kind transcoder mxd;"):
+        check(kind=("transcoder", "mxd"), rank=("auto", 4))
+    with pytest.raises(ValueError, match=r"^normalize-experts False is read by mxd, .*, low-rank only; got it with"):
+        check(kind=("molt",), normalize_experts=(True, False))
+    with pytest.raises(ValueError, match=r"^init model is read by mxd, shared-transcoder only"):
+        check(kind=("transcoder",), init=("paper", "model"))
+    paper = find_recipe("paper-gpt2").config()
+    require_read(replace(paper, kind=("transcoder",)), paper)
+    with pytest.raises(ValueError, match=r"^activation gelu is read by mxd, shared-transcoder, low-rank only"):
+        require_read(replace(paper, kind=("transcoder",)))
+    with pytest.raises(ValueError, match=r"^activation relu is read by"):
+        require_read(replace(paper, kind=("transcoder",), activation="relu"), paper)
+
+
+@pytest.mark.parametrize(("expansion", "k"), product([1, 4, 16, 32, 64], [(1,), (4, 16), (32,), (100, 8), (300,)]))
+def test_a_molts_widest_rank_is_the_width_or_the_largest_part_that_leaves_twice_as_many_transforms_as_k(
+    expansion: int, k: tuple[int, ...]
+) -> None:
+    def parameters(rank: int, transforms: int) -> int:
+        return num_parameters("molt", transforms, 64, 64, rank=rank)
+
+    budget, fewest = num_parameters("transcoder", expansion * 64, 64, 64), 2 * max(k)
+    wanted = next((rank for rank in (64, 32, 16, 8, 4, 2) if parameters(rank, fewest) <= budget), 1)
+    asked = {"kind": ("molt",), "expansion": expansion, "num_latents": None, "k": k}
+    if wanted == 1 and parameters(1, max(k)) > budget:
+        with pytest.raises(ValueError, match="k must lie in"):
+            students_of(**asked)
+        return
+    for student in students_of(**asked):
+        network = cast(LinearTransformMixtureConfig, student.network)
+        assert network.rank == wanted
+        assert wanted == 1 or network.num_latents >= fewest
+    (given,) = students_of(kind=("molt",), num_latents=max(k), k=max(k))
+    assert cast(LinearTransformMixtureConfig, given.network).rank == 64

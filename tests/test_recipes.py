@@ -266,6 +266,15 @@ def test_every_option_given_beside_a_recipe_replaces_its_value(tmp_path: Path, m
     assert asdict(everything) == values | {"recipe": "paper-gpt2"}
 
 
+def test_a_recipes_own_settings_may_be_left_unread_and_others_may_not(
+    mxd: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = ["train", "--recipe", "paper-gpt2", "--kind", "transcoder", "--out", str(tmp_path / "run")]
+    assert seen_by_make_plan(monkeypatch, asked).activation == "gelu"
+    for ended in (mxd(*asked, "--hidden", 64), mxd(*asked, "--hidden", 64, "--dry-run")):
+        assert_refused(ended, "train", "hidden 64 is read by mxd, shared-transcoder, low-rank only", "kind transcoder")
+
+
 def test_an_unknown_recipe_is_refused_with_the_known_ones(mxd: Command, tmp_path: Path) -> None:
     ended = mxd("train", "--recipe", "paper-gpt3", "--out", tmp_path / "run")
     assert_refused(ended, "train", "recipe must be one of", "got 'paper-gpt3'", *RECIPES)

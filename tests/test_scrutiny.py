@@ -1,5 +1,7 @@
 import json
 import math
+from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import cast
 
@@ -7,13 +9,27 @@ import pytest
 import torch
 from torch import Tensor
 
+from mxd.evaluation.comparison import compare_runs
 from mxd.evaluation.evaluate import Evaluation, evaluate_run, write_evaluation
 from mxd.evaluation.expert_use import ALWAYS_ON_RATE
+from mxd.evaluation.faithfulness import Candidate, EvaluationText, reconstructions
+from mxd.evaluation.record import write_record
 from mxd.evaluation.rows import EvaluationRow
-from mxd.layers import MixtureOfDecoders, SparseLayer
+from mxd.layers import (
+    MixtureOfDecoders,
+    MixtureOfDecodersConfig,
+    SharedTranscoder,
+    SharedTranscoderConfig,
+    SkipTranscoder,
+    SkipTranscoderConfig,
+    SparseLayer,
+    Transcoder,
+    TranscoderConfig,
+)
+from mxd.models import load_language_model
 from tests.test_evaluation import STUDENTS, Naive, is_content, naive, named, pairs, standing_in, student
 from tests.test_jacobians import exact_cosines
-from tests.tiny_run import CONTEXT, TinyRun, copied
+from tests.tiny_run import CONTEXT, Settings, TinyRun, change_json, copied
 
 NEW = (
     *("ngram_agreement", "jacobian_cosine", "stable_rank", "numerical_rank", "gini", "top_share"),
@@ -71,6 +87,79 @@ def test_use_of_latents_and_its_control_are_their_definitions(tiny: TinyRun, eva
     histogram = evaluation.use[name]
     assert sum(histogram.counts) + histogram.dead == latents
     assert histogram.dead / latents == row.dead_fraction
+
+
+def shared_transcoder() -> SparseLayer:
+    return SharedTranscoder(SharedTranscoderConfig(d_in=16, d_out=16, num_latents=20, k=3, d_hidden=12))
+
+
+def mxd_with_a_shared_expert() -> SparseLayer:
+    config = MixtureOfDecodersConfig(d_in=16, d_out=16, num_experts=20, k=3, d_hidden=12, shared_expert=True)
+    return MixtureOfDecoders(config)
+
+
+def skip_transcoder() -> SparseLayer:
+    return SkipTranscoder(SkipTranscoderConfig(d_in=16, d_out=16, num_latents=20, k=3))
+
+
+def restated_base(layer: SparseLayer, x: Tensor) -> Tensor:
+    """Restate what needs no latent, without the bias."""
+    weights = dict(layer.named_parameters())
+    if layer.kind == "skip-transcoder":
+        return x @ weights["W_skip"]
+    z = torch.nn.functional.gelu(x @ weights["encoder.W_enc"] + weights["encoder.b_enc"])
+    return z @ weights["W_shared"] if layer.kind == "shared-transcoder" else z @ weights["W_dec"] * weights["w_shared"]
+
+
+@pytest.mark.parametrize("make", [shared_transcoder, mxd_with_a_shared_expert, skip_transcoder])
+@torch.no_grad()
+def test_what_needs_no_latent_has_its_share_of_the_predictions_variance(
+    tiny: TinyRun, make: Callable[[], SparseLayer]
+) -> None:
+    layer, generator = make(), torch.Generator().manual_seed(0)
+    for parameter in layer.parameters():
+        parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    measured = base_share(tiny, layer)
+    exact = deepcopy(layer).double()
+    x, _ = content_pairs(naive(tiny), 0)
+    everyone = torch.arange(20).expand(len(x), -1)
+    base = restated_base(exact, x)
+    prediction = base + torch.einsum("tn,tno->to", exact.encode(x).dense(20), exact.atoms(x, everyone))
+    assert measured == pytest.approx(variation(base) / variation(prediction), rel=1e-4)
+
+
+@torch.no_grad()
+def base_share(tiny: TinyRun, layer: SparseLayer) -> float | None:
+    model = naive(tiny)
+    contexts = torch.stack(model.contexts)
+    text = EvaluationText(contexts=contexts, documents=torch.zeros_like(contexts), special_ids=model.special)
+    loaded = load_language_model(str(tiny.model), dtype=torch.float32)
+    return reconstructions(loaded.module, [Candidate(name="0", layer=0, network=layer)], text)["0"].base_share
+
+
+def test_a_base_that_does_not_vary_has_no_share(tiny: TinyRun, evaluation: Evaluation) -> None:
+    layer = Transcoder(TranscoderConfig(d_in=16, d_out=16, num_latents=20, k=3), torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        layer.b_dec.copy_(torch.linspace(-3, 1000, 16))
+    assert base_share(tiny, layer) is None
+    shares = {row.kind: row.base_share for row in evaluation.rows}
+    assert [kind for kind, share in shares.items() if share is not None] == ["skip-transcoder"]
+
+
+def test_an_evaluation_that_was_made_before_has_none_and_is_used(
+    tiny: TinyRun, evaluation: Evaluation, tmp_path: Path
+) -> None:
+    run = copied(tiny.run, tmp_path / "run")
+    write_record(run / "evaluation.json", evaluation.record)
+
+    def older(stored: Settings) -> None:
+        for row in cast("list[Settings]", stored["rows"]):
+            del row["base_share"]
+
+    change_json(run / "evaluation.json", older)
+    said: list[str] = []
+    rows = compare_runs([run], say=said.append).all_rows
+    assert (said, {row.base_share for row in rows}) == ([], {None})
 
 
 def test_permuting_raises_the_error_of_every_student(evaluation: Evaluation) -> None:

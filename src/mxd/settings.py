@@ -1,9 +1,10 @@
 """Settings that set students of one kind apart, and the words for them in ids: `<kind>-k<k>-<word>…-seed<seed>`."""
 
+from dataclasses import fields
 from decimal import Decimal
 from typing import Any, NamedTuple
 
-from mxd.layers import SparseLayerConfig, TopK
+from mxd.layers import LAYERS, SparseLayerConfig, TopK, require_kind
 
 
 class StudentSettings(NamedTuple):
@@ -71,6 +72,18 @@ _ROW_NAMES = {"hidden": "d_hidden"}
 """What a row calls otherwise than an option."""
 
 
+_READ_AS = {
+    "num_latents": ("num_latents",),
+    "hidden": ("d_hidden",),
+    "activation": ("activation",),
+    "encoder": ("encoder",),
+    "rank": ("rank",),
+    "normalize_experts": ("normalize_experts", "normalize_decoder"),
+    "shared_expert": ("shared_expert",),
+}
+"""What the configuration of a kind that reads a setting calls it; the other settings are no part of one."""
+
+
 def _plain(number: float) -> str:
     """Return a number without an exponent, whose "-" would begin another part of the id, and without a last ".0"."""
     return f"{Decimal(repr(number)):f}".removesuffix(".0")
@@ -85,22 +98,31 @@ def settings_of(
     shared_penalty: float | None = None,
 ) -> StudentSettings:
     """Return the settings of a student: those that its layer's configuration has, and how it is trained."""
-
-    def read(*names: str) -> Any:
-        return next((getattr(config, name) for name in names if hasattr(config, name)), None)
-
+    read = {
+        name: next((getattr(config, field) for field in called if hasattr(config, field)), None)
+        for name, called in _READ_AS.items()
+    }
     selection: str = getattr(config, "selection", TopK.name)
     return StudentSettings(
-        num_latents=config.num_latents,
-        hidden=read("d_hidden"),
-        activation=read("activation"),
-        encoder=read("encoder"),
-        rank=read("rank"),
-        normalize_experts=read("normalize_experts", "normalize_decoder"),
-        shared_expert=read("shared_expert"),
+        **read,
         selection=selection,
         l1_coefficient=l1_coefficient,
         random_k=random_k if selection == TopK.name else None,
         init=init,
         shared_penalty=shared_penalty,
     )
+
+
+def kinds_that_read(name: str, value: object) -> list[str]:
+    """Return the kinds of layer that do as this value of a setting says; of `init` that is those that can begin so."""
+    return [kind for kind in LAYERS if _reads(kind, name, value)]
+
+
+def _reads(kind: str, name: str, value: object) -> bool:
+    config, layer = require_kind(kind)
+    if name == "init":
+        return value in layer.inits
+    if name == "shared_penalty":
+        return layer.shared_penalty is not None
+    known = {field.name for field in fields(config)}
+    return name not in _READ_AS or any(field in known or hasattr(config, field) for field in _READ_AS[name])

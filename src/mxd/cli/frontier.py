@@ -9,7 +9,7 @@ import tyro
 from rich.console import Console
 
 from mxd.cli.output import notes, print_json
-from mxd.evaluation.comparison import compare_runs, require_place, write_frontier
+from mxd.evaluation.comparison import compare_runs, frontier_folder, require_place, write_frontier
 from mxd.evaluation.expert_use import collapse_warnings
 from mxd.evaluation.frontier_table import format_points
 
@@ -32,10 +32,12 @@ def frontier(
 
     Args:
         runs: Folders of finished runs. Of several, all must be of one model and be evaluated alike.
-        out: Folder of the files; that of the run where there is one run on its own text, else it must be given.
+        out: Folder of the files. For one run it is the run's, or frontier-<digest> in there where its evaluation.json
+            is on other text or tokens; for several it must be given.
         text: Other text than each run's own; its held-out documents are used. What is measured on it is kept in each
-            run as evaluation-<digest>.json, and its evaluation.json stays.
+            run as evaluation-<digest>.json, and its evaluation.json stays. Or where the run's own text is now.
         tokens: Tokens to evaluate on, at most; without it, evaluations that are there are taken whatever their number.
+            An evaluation.json on another number stays, too.
         together: Also draw what all layers cost when replaced at once, for each student that all layers have.
         device: Where to evaluate; where each run was trained by default; `auto` takes the first accelerator.
         model: Where the language model of all runs is now (a folder or hub id), if it is not where they found it.
@@ -44,7 +46,7 @@ def frontier(
     if not runs:
         raise ValueError("A frontier must be of at least one run; name its folder.")
     console = notes()
-    folder = require_place(out, runs, text)
+    require_place(out, runs)
     command = shlex.join(["mxd", *sys.argv[1:]])
     found = compare_runs(
         runs,
@@ -56,6 +58,7 @@ def frontier(
         command=command,
         say=console.print,
     )
+    folder = frontier_folder(found, out)
     written = write_frontier(found, folder, command=command)
     if json_:
         print_json(found.to_json())

@@ -22,7 +22,7 @@ from mxd.recipes import RECIPES, find_recipe
 from mxd.runs.faults import TrainingInterrupted
 from mxd.runs.metrics_log import TensorBoardSink, WandbSink
 from mxd.runs.run import is_finished, is_run, read_configuration, reopen_run, require_command, require_place
-from mxd.training.config import TrainConfig
+from mxd.training.config import TrainConfig, require_evaluable, require_read
 from mxd.training.continuing import MAY_DIFFER, is_as_recorded, recorded_config
 from mxd.training.decompose import decompose, make_plan
 from mxd.training.estimate import (
@@ -74,13 +74,11 @@ def train(
     if not dry_run:
         require_place(out, resume)
     _require_packages({"tensorboard": tensorboard, "wandb": wandb is not None})
+    stored = _stored(config, out, resume)
     console = notes()
     if dry_run and (shape := _shape_of_absent_model(config)) is not None:
         _show_from_shape(config, shape, console)
         return
-    stored = read_configuration(out) if resume and is_run(out) else None
-    if stored is not None:
-        require_command(stored, "train")
     if stored is not None and not dry_run and is_finished(out) and is_as_recorded(config, stored):
         # Nothing is computed any more, so neither model nor text need be there.
         reopen_run(out, {"config": cast(JSON, asdict(config))}, ignore=MAY_DIFFER)
@@ -106,6 +104,17 @@ def train(
     except (TrainingInterrupted, KeyboardInterrupt) as error:
         raise go_on_with_resume(error) from error
     console.print(_WRITTEN.format(counted(len(plan.students), "layer"), out), soft_wrap=True)
+
+
+def _stored(config: TrainConfig, out: Path, resume: bool) -> Mapping[str, JSON] | None:
+    """Return the run.json of the run that goes on; None for a new run, what was asked of which is then checked."""
+    if resume and is_run(out):
+        stored = read_configuration(out)
+        require_command(stored, "train")
+        return stored
+    require_read(config, None if config.recipe is None else find_recipe(config.recipe).config())
+    require_evaluable(config)
+    return None
 
 
 def _require_packages(wanted: Mapping[str, bool]) -> None:

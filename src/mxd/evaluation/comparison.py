@@ -39,6 +39,8 @@ class Frontier:
 
     runs: Sequence[Path]
     """The runs' folders."""
+    files: Sequence[Path]
+    """Where what was measured of each is kept."""
     stored: Sequence[StoredEvaluation]
     """What was measured of each."""
     rows: Sequence[Sequence[EvaluationRow]]
@@ -91,12 +93,33 @@ class _Asked:
         """Return what a run's evaluation must have been made on; None where any on the run's own text will do."""
         if not self.text and self.tokens is None:
             return None
+        found = self.foreseen(run, description)
+        return None if self.tokens is None and found.on_own_text else found
+
+    def foreseen(self, run: Path, description: Mapping[str, Any]) -> Foreseen:
+        """Return what a run would be evaluated on now."""
         return foresee_identity(run, description, self.text, self.tokens, self.model)
 
+    def source(self, description: Mapping[str, Any]) -> object:
+        """Return what tells the text that a run is evaluated on from other runs'."""
+        text = description["text"]
+        names = text.get("names") if text["digest"] is None else None
+        return None if self.text else (text["digest"], text["revision"], text["split"], names)
 
-def _file(run: Path, identity: EvaluationIdentity | None, *, on_own_text: bool) -> Path:
-    """Return where a run's evaluation is kept; one on other text stands beside that on the run's own."""
-    return run / (EVALUATION_FILE if on_own_text or identity is None else f"evaluation-{identity.text[:12]}.json")
+
+def _file(run: Path, wanted: Foreseen | None) -> Path:
+    """Return where a run's evaluation is kept: beside `evaluation.json`, where that is on other text or tokens."""
+    own = run / EVALUATION_FILE
+    if wanted is None:
+        return own
+    aside = run / f"evaluation-{wanted.identity.text[:12]}.json"
+    if not wanted.on_own_text:
+        return aside
+    try:
+        return own if not own.is_file() or read_record(own).identity.text == wanted.identity.text else aside
+    except ValueError:
+        # It says nothing any more that could be lost.
+        return own
 
 
 def compare_runs(
@@ -131,43 +154,43 @@ def compare_runs(
     asked = _Asked(text=text, tokens=tokens, together=together, model=model)
     descriptions = [read_finished_run(run) for run in runs]
     places = [student_places(run, description["students"]) for run, description in zip(runs, descriptions, strict=True)]
-    for run, students in zip(runs, places, strict=True):
-        if together:
-            settings_together(run, students)
+    for run, students in zip(runs, places, strict=True) if together else ():
+        settings_together(run, students)
     wanted = [asked.wanted(run, description) for run, description in zip(runs, descriptions, strict=True)]
+    files = [_file(run, ahead) for run, ahead in zip(runs, wanted, strict=True)]
     found = [
-        _reusable(asked, run, description, students, identity)
-        for run, description, students, identity in zip(runs, descriptions, places, wanted, strict=True)
+        _reusable(asked, file, description, students, ahead)
+        for file, description, students, ahead in zip(files, descriptions, places, wanted, strict=True)
     ]
     if len(runs) > 1:
         identities = [
             _without_edits(there.identity)
             if isinstance(there, StoredEvaluation)
-            else (ahead or foresee_identity(run, description, (), None, model)).identity
+            else (ahead or asked.foreseen(run, description)).identity
             for run, there, ahead, description in zip(runs, found, wanted, descriptions, strict=True)
         ]
-        _require_alike(runs, identities)
+        _require_alike(runs, identities, [asked.source(description) for description in descriptions])
     stored: list[StoredEvaluation] = []
     for number, (run, there) in enumerate(zip(runs, found, strict=True)):
         if not isinstance(there, StoredEvaluation):
             place = f" ({number + 1} of {len(runs)})" if len(runs) > 1 else ""
             say(f"Evaluating {run}{place}: {there} …")
-            there = _evaluated(asked, run, device, command)
+            there = _evaluated(asked, run, files[number], device, command)
         stored.append(there)
     measured = [
         RunRows(run, description["config"], [row for row in record.rows if row.as_trained])
         for run, description, record in zip(runs, descriptions, stored, strict=True)
     ]
-    return Frontier(runs=runs, stored=stored, rows=beside_each_other(measured))
+    return Frontier(runs=runs, files=files, stored=stored, rows=beside_each_other(measured))
 
 
-def _evaluated(asked: _Asked, run: Path, device: str | None, command: str) -> StoredEvaluation:
+def _evaluated(asked: _Asked, run: Path, file: Path, device: str | None, command: str) -> StoredEvaluation:
     evaluation = evaluate_run(
         run, text=asked.text, tokens=asked.tokens, together=asked.together, device=device, model=asked.model
     )
     record = evaluation.record
-    if not evaluation.on_own_text:
-        write_record(_file(run, record.identity, on_own_text=False), record)
+    if file.name != EVALUATION_FILE:
+        write_record(file, record)
     else:
         write_evaluation(run, evaluation, title=f"Sparse layers of {record.facts['model']}", footer=command)
     return record
@@ -175,14 +198,12 @@ def _evaluated(asked: _Asked, run: Path, device: str | None, command: str) -> St
 
 def _reusable(
     asked: _Asked,
-    run: Path,
+    file: Path,
     description: Mapping[str, Any],
     students: Sequence[tuple[int, str]],
     wanted: Foreseen | None,
 ) -> StoredEvaluation | str:
     """Return a run's evaluation, or why there is none that can be used."""
-    on_own_text = wanted is None or wanted.on_own_text
-    file = _file(run, None if wanted is None else wanted.identity, on_own_text=on_own_text)
     if not file.is_file():
         return "it is not evaluated yet"
     try:
@@ -193,7 +214,7 @@ def _reusable(
     own = (description["model"]["fingerprint"], config["context"], config["special_positions"])
     if own != (identity.model, identity.context, identity.special_positions):
         return f"its {file.name} is not of the model, context and special positions of its run.json"
-    if identity.edits != edits_digest(run):
+    if identity.edits != edits_digest(file.parent):
         return f"its {file.name} is of other edits of its layers than those in force (mxd edit)"
     if wanted is not None and _without_edits(identity) != wanted.identity:
         return f"its {file.name} is of other text or another number of tokens"
@@ -209,22 +230,23 @@ def _without_edits(identity: EvaluationIdentity) -> EvaluationIdentity:
     return replace(identity, edits=None)
 
 
-def _require_alike(runs: Sequence[Path], identities: Sequence[EvaluationIdentity]) -> None:
+def _require_alike(runs: Sequence[Path], identities: Sequence[EvaluationIdentity], sources: Sequence[object]) -> None:
     first = identities[0]
-    for run, other in zip(runs[1:], identities[1:], strict=True):
+    for run, other, source in zip(runs[1:], identities[1:], sources[1:], strict=True):
         if other == first:
             continue
         differing = {field.name for field in fields(first) if getattr(first, field.name) != getattr(other, field.name)}
-        if differing & {"tokens", "context"}:
-            # Which makes the text another, too.
+        if differing & {"tokens", "context"} and source == sources[0]:
+            # Which makes other contexts of the same text.
             differing.discard("text")
         named = [
             name + (f" ({getattr(first, field)} and {getattr(other, field)})" if field not in ("model", "text") else "")
             for field, name in _NAMES.items()
             if field in differing
         ]
+        options = [f"--{option}" for option in ("text", "tokens") if option in differing]
         remedy = (
-            "give --text and --tokens, so that all are evaluated on the same"
+            f"give {' and '.join(options)}, so that all are evaluated on the same"
             if differing <= {"text", "tokens"}
             else "give runs that were trained alike in this, or draw a frontier of each"
         )
@@ -234,24 +256,34 @@ def _require_alike(runs: Sequence[Path], identities: Sequence[EvaluationIdentity
         )
 
 
-def require_place(out: Path | None, runs: Sequence[Path], text: Sequence[str]) -> Path:
-    """Return the folder that a frontier is written to: the run's own, for a single run on its own text.
+def require_place(out: Path | None, runs: Sequence[Path]) -> None:
+    """Check the folder that a frontier is to be written to, before anything is evaluated.
 
     Raises:
         ValueError: If no folder is named where it must be, or it is a file, or it is a run's that the frontier would
             misrepresent.
     """
-    own = runs[0] if len(runs) == 1 and not text else None
+    own = runs[0] if len(runs) == 1 else None
     if out is None and own is None:
-        raise ValueError("--out must name a folder for a frontier of several runs, or on other text; got none.")
-    folder = out or runs[0]
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--out must be a folder; {folder} is a file; name another.")
-    if is_run(folder) and (own is None or folder.resolve() != own.resolve()):
+        raise ValueError("--out must name a folder for a frontier of several runs; got none.")
+    if out is not None and out.exists() and not out.is_dir():
+        raise ValueError(f"--out must be a folder; {out} is a file; name another.")
+    if out is not None and is_run(out) and (own is None or out.resolve() != own.resolve()):
         raise ValueError(
-            f"--out must not be the folder of a run whose report would be overwritten; got {folder}; name another."
+            f"--out must not be the folder of a run whose report would be overwritten; got {out}; name another."
         )
-    return folder
+
+
+def frontier_folder(frontier: Frontier, out: Path | None) -> Path:
+    """Return the folder that a frontier is written to: for a single run the run's own, unless another is named.
+
+    Where the evaluation stands beside the run's `evaluation.json`, it is a folder within the run's own: pictures there
+    are of the same numbers as the report.
+    """
+    run, file = frontier.runs[0], frontier.files[0]
+    if out is not None and (len(frontier.runs) > 1 or out.resolve() != run.resolve()):
+        return out
+    return run if file.name == EVALUATION_FILE else run / file.stem.replace("evaluation", "frontier")
 
 
 def write_frontier(frontier: Frontier, out: Path, *, command: str = "") -> list[str]:

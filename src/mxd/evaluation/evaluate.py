@@ -220,6 +220,7 @@ def _row(whole: WholeModel, student: TrainedStudent, quality: Reconstruction, sc
         top_energy_share=scrutiny.energy.top_share,
         always_on=len(scrutiny.use.always_on),
         always_on_share=scrutiny.always_on_share,
+        base_share=quality.base_share,
         fvu_permuted=scrutiny.permuted_fvu,
         nmse_all_positions=_notable(quality.everywhere.nmse, quality.content.nmse),
         fvu_all_positions=_notable(quality.everywhere.fvu, quality.content.fvu),

@@ -79,6 +79,8 @@ class Reconstruction:
     """What its latents fire on, at content positions."""
     specialisation: Specialisation | None
     """How far its experts disagree; None for kinds without a dense branch."""
+    base_share: float | None
+    """Σ‖base − its mean‖² / Σ‖y − ȳ‖² on a sample; None where one of them does not vary, as where a base is a bias."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)
@@ -135,23 +137,31 @@ class _Judge:
         prediction, code = self._network(x)
         kept = content.flatten()
         for name, rows in {"content": kept, "everywhere": torch.ones_like(kept)}.items():
-            sums = error_sums(prediction[rows].float(), target[rows])
-            self._sums[name] = self._sums[name] + sums if name in self._sums else sums
+            self._add(name, prediction[rows].float(), target[rows])
         context, position = content.cpu().nonzero(as_tuple=True)
         fired = SparseCode(code.values[kept].cpu(), code.indices[kept].cpu())
         self._latents.update(fired, context + first_context, position)
         chosen = kept.nonzero().squeeze(1)[:: self._stride]
-        dense = self._network.dense_branch(x[chosen])
+        base, dense = self._network.base(x[chosen]), self._network.dense_branch(x[chosen])
+        # Of both only how much they vary is read.
+        self._add("base", prediction[chosen].float(), base.float())
+        self._add("prediction", base.float(), prediction[chosen].float())
         if dense is not None:
-            self._sample.append((prediction[chosen].cpu(), dense.cpu(), self._network.base(x[chosen]).cpu()))
+            self._sample.append((prediction[chosen].cpu(), dense.cpu(), base.cpu()))
+
+    def _add(self, name: str, prediction: Tensor, target: Tensor) -> None:
+        sums = error_sums(prediction, target)
+        self._sums[name] = self._sums[name] + sums if name in self._sums else sums
 
     def result(self) -> Reconstruction:
+        base, whole = self._sums["base"].variation, self._sums["prediction"].variation
         sample = [torch.cat(parts) for parts in zip(*self._sample, strict=True)]
         return Reconstruction(
             content=self._sums["content"],
             everywhere=self._sums["everywhere"],
             latents=self._latents,
             specialisation=specialisation(*sample, max_tokens=SPECIALISATION_TOKENS) if sample else None,
+            base_share=base / whole if base and whole else None,
         )
 
 

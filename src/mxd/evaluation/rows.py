@@ -132,6 +132,9 @@ class EvaluationRow:
     """Number of latents that fire on more than half of the tokens."""
     always_on_share: float | None
     """Share of the variance of what latents add to the prediction that is carried by these, on a sample of tokens."""
+    base_share: float | None = None
+    """Share of the prediction's variance that it has without any latent, from a skip connection or a shared expert;
+    null where that does not vary, as for kinds with a bias alone, and in evaluations that were made before."""
     fvu_permuted: float | None
     """`fvu` on a sample of tokens with each latent doing another latent's work: a control, which must lie above it."""
     special_positions: str
@@ -164,16 +167,22 @@ class EvaluationRow:
     def from_json(cls, value: Mapping[str, JSON]) -> "EvaluationRow":
         """Return the row that `to_json` wrote; null where a number is always defined becomes NaN.
 
-        Keys that this version does not know are left out.
+        Keys that this version does not know are left out, and those that have come since may be missing.
 
         Raises:
             ValueError: If a key is missing or its value has another type.
         """
-        missing = [field.name for field in dataclasses.fields(cls) if field.name not in value]
+        missing = [
+            field.name
+            for field in dataclasses.fields(cls)
+            if field.name not in value and field.default is dataclasses.MISSING
+        ]
         if missing:
             raise ValueError(f"A row must have the keys of `mxd evaluate --json`; {', '.join(missing)} missing.")
         arguments: dict[str, Any] = {
-            field.name: _read(field.name, field.type, value[field.name]) for field in dataclasses.fields(cls)
+            field.name: _read(field.name, field.type, value[field.name])
+            for field in dataclasses.fields(cls)
+            if field.name in value
         }
         return cls(**arguments)
 

@@ -179,6 +179,14 @@ SCRUTINY_COLUMNS = (
         _percent,
         None,
     ),
+    Column(
+        "base_share",
+        "Without latents",
+        "Base",
+        "Share of the prediction's variance that a skip connection or a shared expert has, active on every token",
+        _percent,
+        None,
+    ),
 )
 """What a reviewer asks for, in a table of its own: a terminal has no room for it."""
 

@@ -108,6 +108,7 @@ class LinearTransformMixture(SparseLayer):
     """
 
     kind = "molt"
+    rank_by_budget = True
     config: LinearTransformMixtureConfig
     W_gate: Float[nn.Parameter, "d_in num_latents"]
     b_gate: Float[nn.Parameter, " num_latents"]

@@ -42,8 +42,8 @@ class LayerRequest:
     def chosen_rank(self) -> int:
         """The rank that was asked for, or a quarter of the output's width.
 
-        A quarter is well below full rank, and leaves a mixture matched to a transcoder of expansion 32 with several
-        times as many latents as any usual `k` (docs/layers.md).
+        A quarter is well below full rank (docs/layers.md). Training asks for another where a kind says so
+        (`SparseLayer.rank_by_budget`).
         """
         return max(1, self.d_out // 4) if self.rank is None else self.rank
 

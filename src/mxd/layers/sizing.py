@@ -79,6 +79,21 @@ def shared_width(budget: int, request: LayerRequest) -> int:
     return max(request.d_hidden, budget // 2 // unit)
 
 
+def widest_rank(kind: str, budget: int, num_latents: int, request: LayerRequest) -> int:
+    """Return the widest rank with which a budget of parameters pays for so many latents.
+
+    It is the largest of the output's width, its half, its quarter and so on, rounded down; 1 where none will do.
+
+    Raises:
+        ValueError: If the kind is unknown.
+    """
+    tried = replace(request, num_latents=num_latents, k=1, selection="topk")
+    rank = request.d_out
+    while rank > 1 and require_kind(kind).configure(replace(tried, rank=rank)).num_parameters > budget:
+        rank //= 2
+    return rank
+
+
 def match_budget(kind: str, budget: int, request: LayerRequest) -> int:
     """Return the number of latents with which what was asked for comes nearest to a budget of parameters.
 

@@ -107,6 +107,9 @@ class SparseLayer(nn.Module, ABC):
     shared_penalty: ClassVar[float | None] = None
     """What training charges for the variance that a shared expert carries, unless told otherwise; None for kinds
     without one."""
+    rank_by_budget: ClassVar[bool] = False
+    """Whether a rank that nobody chose is the widest with which a budget pays for enough latents, in training; else it
+    is a quarter of the output's width."""
     fixed_atoms: ClassVar[bool] = False
     """Whether what a latent adds per unit of its value is the same for every input: a row of its own. Then a latent
     maps x to a multiple of one vector, of rank one."""

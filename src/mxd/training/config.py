@@ -1,12 +1,13 @@
 """What a person asks of a training run."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Literal, NamedTuple, TypeVar
 
 from mxd.layers import L1, BatchTopK, SelectionName, TopK, require_kind
 from mxd.layers.activations import activation_function
 from mxd.layers.sizing import EXPANSION
+from mxd.settings import kinds_that_read
 from mxd.training.values import settling
 
 Value = TypeVar("Value")
@@ -80,7 +81,9 @@ class TrainConfig:
     encoder: EncoderChoice | tuple[EncoderChoice, ...] = "auto"
     """Dense encoders of an mxd, low-rank or shared-transcoder; auto takes glu where the model's MLP is gated."""
     rank: WidthChoice | tuple[WidthChoice, ...] = "auto"
-    """Ranks of low-rank's experts and of molt's widest transforms; auto is a quarter of the output's width."""
+    """Ranks of low-rank's experts and of molt's widest transforms; auto is a quarter of the output's width
+    for low-rank, and for molt the whole, or a half, a quarter of it and so on where only so there are twice as many
+    transforms as the largest k."""
     normalize_experts: bool | tuple[bool, ...] = True
     """Whether rows that belong to latents are kept at unit length; name both to compare."""
     shared_expert: bool | tuple[bool, ...] = False
@@ -278,3 +281,39 @@ class TrainConfig:
         for rate in rates:
             if not isinstance(rate, str) and not (math.isfinite(rate) and rate > 0):
                 raise ValueError(f"lr must be a positive number or auto; got {rate}.")
+
+
+def require_read(config: TrainConfig, own: TrainConfig | None = None) -> None:
+    """Check that every value of a setting that was given is read by a kind that was asked for.
+
+    Args:
+        config: What is asked for.
+        own: A recipe's configuration, of which any part may be left unread: asking for fewer kinds of it is no mistake.
+
+    Raises:
+        ValueError: If a value is not read by any.
+    """
+    defaults = {field.name: field.default for field in fields(TrainConfig)}
+    for name in Settings._fields:
+        known = {defaults[name], *(() if own is None else values_of(getattr(own, name)))}
+        for value in values_of(getattr(config, name)):
+            reading = kinds_that_read(name, value)
+            if value in known or set(reading) & set(config.kind):
+                continue
+            raise ValueError(
+                f"{name.replace('_', '-')} {value} is read by {', '.join(reading)} only; got it with kind "
+                f"{' '.join(config.kind)}; leave it out, or ask for a kind that reads it with --kind."
+            )
+
+
+def require_evaluable(config: TrainConfig) -> None:
+    """Check that the tokens that evaluation may use fill a context: what it is told after training, it is told before.
+
+    Raises:
+        ValueError: If they do not.
+    """
+    if config.eval_tokens < config.context:
+        raise ValueError(
+            f"eval-tokens must fill one context, {config.context} tokens, for the layers to be evaluated; got "
+            f"{config.eval_tokens}."
+        )

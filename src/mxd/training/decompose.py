@@ -44,7 +44,7 @@ from mxd.runs.run import (
     require_place,
 )
 from mxd.runs.snapshots import SnapshotError, has_snapshot
-from mxd.training.config import TrainConfig
+from mxd.training.config import TrainConfig, require_evaluable, require_read
 from mxd.training.continuing import MAY_DIFFER, Commits, stored_commits, stored_resources, with_places
 from mxd.training.grid import StudentPlan, plan_students
 from mxd.training.normalization import fold_input_normalization_, require_foldable
@@ -69,10 +69,7 @@ def make_plan(config: TrainConfig, stored: Mapping[str, JSON] | None = None) -> 
         ValueError: If anything asked for does not fit together.
         FileNotFoundError: If the model or a text file is not there.
     """
-    commits = Commits(config.revision, None)
-    if stored is not None:
-        require_command(stored, "train")
-        commits, config = stored_commits(config, stored), with_places(config, stored)
+    config, commits = _asked(config, stored)
     dtype = "auto" if config.model_dtype == "auto" else cast(torch.dtype, getattr(torch, config.model_dtype))
     device = resolve_device(config.device)
     torch.set_num_threads(resolve_threads(config.threads))
@@ -119,6 +116,18 @@ def make_plan(config: TrainConfig, stored: Mapping[str, JSON] | None = None) -> 
         cache=cache,
         sources=sources,
     )
+
+
+def _asked(config: TrainConfig, stored: Mapping[str, JSON] | None) -> tuple[TrainConfig, Commits]:
+    """Return what is asked for, checked, and at which commits; of a run that goes on, where and as it is."""
+    if stored is not None:
+        require_command(stored, "train")
+        return with_places(config, stored), stored_commits(config, stored)
+    require_evaluable(config)
+    if config.recipe is None:
+        # Whoever resolved a recipe knows which settings are its own.
+        require_read(config)
+    return config, Commits(config.revision, None)
 
 
 def _require_runnable(model: torch.nn.Module, config: TrainConfig, device: str) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from mxd.layers import L1, Init, LayerRequest, SparseLayer, SparseLayerConfig, TopK, require_kind
 from mxd.layers.activations import Activation, activation_function
-from mxd.layers.sizing import match_budget, shared_width, transcoder_budget
+from mxd.layers.sizing import match_budget, shared_width, transcoder_budget, widest_rank
 from mxd.models import MlpSite
 from mxd.settings import StudentSettings, settings_of
 from mxd.training.config import InitChoice, PenaltyChoice, Settings, TrainConfig, values_of
@@ -18,6 +18,9 @@ from mxd.training.student import random_ks
 REFERENCE_WIDTH = 256
 """Input width up to which a kind's `reference_lr` holds; wider layers take theirs in inverse proportion to the width
 (docs/training.md has the sweep)."""
+LATENTS_PER_K = 2
+"""How many times the largest k there must be latents for a wider rank to be taken: with fewer, half of them and more
+would be active on a token, and a code is hardly sparse."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -151,7 +154,7 @@ def _network(config: TrainConfig, site: MlpSite, kind: str, k: int, settings: Se
         d_hidden=settings.hidden if isinstance(settings.hidden, int) else site.d_hidden,
         activation=_activation(settings.activation, site),
         encoder=settings.encoder if settings.encoder != "auto" else ("glu" if site.gated else "mlp"),
-        rank=settings.rank if isinstance(settings.rank, int) else None,
+        rank=settings.rank if isinstance(settings.rank, int) else _own_rank(kind, site.d_out),
         selection=settings.selection,
         normalize=settings.normalize_experts,
         shared_expert=settings.shared_expert,
@@ -162,10 +165,18 @@ def _network(config: TrainConfig, site: MlpSite, kind: str, k: int, settings: Se
         budget = transcoder_budget(site.d_in, site.d_out, config.expansion)
         if settings.hidden == "auto" and require_kind(kind).layer.shared_penalty is not None:
             request = replace(request, d_hidden=shared_width(budget, request))
+        if settings.rank == "auto" and require_kind(kind).layer.rank_by_budget:
+            # One for all ks of a grid, so that they compare.
+            rank = widest_rank(kind, budget, LATENTS_PER_K * max(config.k), request)
+            request = replace(request, rank=rank)
         num_latents = match_budget(kind, budget, request)
     # With l1 any number of latents may be active.
     k = num_latents if settings.selection == L1.name else k
     return require_kind(kind).configure(replace(request, num_latents=num_latents, k=k))
+
+
+def _own_rank(kind: str, width: int) -> int | None:
+    return width if require_kind(kind).layer.rank_by_budget else None
 
 
 def _activation(name: str, site: MlpSite) -> Activation | None:
