@@ -6,8 +6,9 @@
     python benchmarks/method_rates.py s-8e-3 s-1.6e-2 s-2e-3 --base method_stories260K --name method_rates_stories260K
 
 `--base` is a table of `method.py`, of the same model, layer, tokens and schedule, whose students learnt at `auto`. A
-student's best rate is the one with the least mean of `--score`; its shares are of the best transcoder and of the best
-skip transcoder, each at its own best rate. `±` is half of the 95 % t interval over seeds.
+student's best rate is the one of least mean fvu, which differs less between seeds than what the model loses. Its shares
+of `--score` are of the best transcoder and of the best skip transcoder, each at its own best rate. `±` is half of the
+95 % t interval over seeds.
 """
 
 import argparse
@@ -62,6 +63,8 @@ def seeds_of(rows: Iterable[Mapping[str, Any]], lr: float) -> list[Seed]:
     found: list[Seed] = []
     for row in rows:
         name = split_student(row["id"])[0].removesuffix("-unit").removesuffix("-paper")
+        if row.get("shared_penalty") is not None and "-p" not in name:
+            name += f"-p{row['shared_penalty']:g}"
         if row.get("normalize_experts") is False and "free" not in name.split("-"):
             name += "-free"
         found.append(Seed(name, lr, row["seed"], row))
@@ -91,7 +94,7 @@ def read(runs: Sequence[Path], base: Mapping[str, Any]) -> list[Point]:
 
 def table(points: Sequence[Point], score: str) -> list[dict[str, object]]:
     def best(members: Iterable[Point]) -> Point:
-        return min(members, key=lambda point: point.mean(score) or 0.0)
+        return min(members, key=lambda point: point.mean("fvu") or 0.0)
 
     rows: list[dict[str, object]] = []
     for point in points:
@@ -149,7 +152,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, nargs="+")
     parser.add_argument("--base", required=True, help="name of method.py's files in benchmarks/results")
-    parser.add_argument("--score", choices=SCORES, default="ce_increase", help="what the best rate has the least of")
+    parser.add_argument("--score", choices=SCORES, default="ce_increase", help="what the shares are of")
     parser.add_argument("--name", required=True, help="name of the files in benchmarks/results")
     args = parser.parse_args()
     base = json.loads((RESULTS / f"{args.base}.json").read_text())
