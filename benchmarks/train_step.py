@@ -39,18 +39,21 @@ from harness import (
     write_report,
 )
 from mxd.evaluation.drawing import GRID, INK, MUTED, figure
-from variants import PRODUCTS, VARIANTS, Dtype, Kind, Shape, is_installed, make_batch, make_layer, sized
+from variants import (
+    COLOURS,
+    OTHER_COLOUR,
+    PRODUCTS,
+    VARIANTS,
+    Dtype,
+    Kind,
+    Shape,
+    is_installed,
+    make_batch,
+    make_layer,
+    sized,
+)
 
 MEMORY = "peak RSS of two steps in a process of its own, above weights and batch, less gradients and AdamW's moments"
-COLOURS = {
-    "mxd": "#0072b2",
-    "dense": "#e69f00",
-    "sparsify": "#009e73",
-    "products": "#8a94a3",
-    "linear products": "#8a94a3",
-    "packed products": "#8a94a3",
-}
-OTHER_COLOUR = "#cc79a7"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -57,6 +57,15 @@ Kind = Literal["mxd", "shared-transcoder", "transcoder"]
 Dtype = Literal["float32", "bfloat16"]
 """Type of the products: bfloat16 means autocast with float32 weights."""
 Step = Callable[[], object]
+COLOURS = {
+    "mxd": "#0072b2",
+    "dense": "#e69f00",
+    "sparsify": "#009e73",
+    "products": "#8a94a3",
+    "linear products": "#8a94a3",
+    "packed products": "#8a94a3",
+}
+OTHER_COLOUR = "#cc79a7"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -139,10 +148,13 @@ def mxd_loss(layer: SparseLayer, batch: Batch) -> Tensor:
     return loss + layer.shared_penalty * shared_energy(shared, batch.target)
 
 
-def mxd_step(weights: nn.Module, batch: Batch, dtype: str) -> Step:
-    layer = cast(SparseLayer, weights)
+def make_student(layer: SparseLayer) -> Student:
     config = StudentConfig(lr=LEARNING_RATE, shared_penalty=layer.shared_penalty or 0.0)
-    student = Student("benchmark", 0, layer, config)
+    return Student("benchmark", 0, layer, config)
+
+
+def mxd_step(weights: nn.Module, batch: Batch, dtype: str) -> Step:
+    student = make_student(cast(SparseLayer, weights))
     is_content = torch.ones(len(batch.x), dtype=torch.bool, device=batch.x.device)
     cast_to = torch.bfloat16 if dtype == "bfloat16" else None
     return lambda: student.step(0, *batch, is_content, lr_factor=1.0, autocast=cast_to)
