@@ -25,7 +25,7 @@ GPU have not been measured.
 import functools
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple, cast
@@ -37,7 +37,7 @@ import tyro
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from gpu_steps import KERNELS, KINDS, GpuStep, complaints, draw, make_step, planned_steps, ratios
+from gpu_steps import KERNELS, KINDS, GpuStep, complaints, draw, make_steps, planned_steps, ratios
 from harness import RESULTS, machine, print_table, synchronize, write_report
 from mxd.data.activations import ActivationStream
 from mxd.data.prefetch import Prefetch
@@ -46,7 +46,7 @@ from mxd.kernels import backends, route, routing, score_blocks, selection, torch
 from mxd.kernels.turned import turned
 from mxd.layers import MixtureOfDecoders
 from mxd.models import MlpPair, mlp_pairs
-from variants import Kind, Shape, make_batch, make_layer, make_student, sized
+from variants import Kind, Shape, Step, make_batch, make_layer, make_student, sized
 
 PAPER_TOKENS = 480_000_000
 LOOPS: tuple[Kind, ...] = ("mxd", "shared-transcoder")
@@ -278,15 +278,16 @@ def time_loops(options: Options, model: GPT2LMHeadModel) -> dict[str, list[Loop]
 
 
 def time_parts(
-    options: Options, model: GPT2LMHeadModel, steps: Sequence[GpuStep], shapes: Mapping[Kind, Shape]
+    options: Options, model: GPT2LMHeadModel, steps: Mapping[GpuStep, Step], shape: Shape
 ) -> dict[str, list[float]]:
-    x, contexts = make_batch(shapes["mxd"]).x, options.forward_tokens // 128
+    """Return the seconds of every round of the steps, and of what a mixture of this shape consists of."""
+    x, contexts = make_batch(shape).x, options.forward_tokens // 128
     ids = torch.zeros(contexts, 128, dtype=torch.long, device=options.device)
-    layer = cast(MixtureOfDecoders, make_layer(shapes["mxd"]))
+    layer = cast(MixtureOfDecoders, make_layer(shape))
     gate, rounded = layer.W_gate.detach().bfloat16(), x.bfloat16()
     parts: dict[str, Callable[[], object]] = {
         f"model pass, {options.forward_tokens:,} tokens": lambda: mlp_pairs(model, ids, [options.layer]),
-        **{step.name: make_step(step, shapes[step.kind]) for step in steps},
+        **{step.name: call for step, call in steps.items()},
         "gate product alone": lambda: rounded @ gate,
         **kernels(options, layer, x),
         **settings(options, layer, x),
@@ -304,10 +305,10 @@ def main(options: Options) -> None:
     described = machine()
     model = language_model(options)
     shapes = {kind: options.shape(kind, model.config.n_embd) for kind in KINDS}
-    steps = planned_steps(options.device)
+    steps = make_steps(planned_steps(options.device), shapes)
     wrong = complaints(shapes)
     loops = time_loops(options, model)
-    timings = time_parts(options, model, steps, shapes)
+    timings = time_parts(options, model, steps, shapes["mxd"])
     is_step = {step.name for step in steps}
     rows: list[dict[str, object]] = [
         {
@@ -323,7 +324,7 @@ def main(options: Options) -> None:
         rate = options.tokens / taken if what in is_step else ""
         rows.append({"what": what, "ms": 1000 * taken, "tokens/s": rate, "peak MiB": ""})
     print_table(rows, "One GPU")
-    found = ratios(timings, steps)
+    found = ratios(timings, list(steps))
     print_table([{"ratio": name, "median of rounds": value} for name, value in found.items()], "Ratios")
     best = min(statistics.median(loop.seconds for loop in loops[what]) for what in loops if what.startswith("mxd:"))
     minutes = PAPER_TOKENS / options.tokens * best / 60

@@ -76,6 +76,7 @@ def planned_steps(device: str) -> list[GpuStep]:
 
 
 def make_step(planned: GpuStep, shape: Shape) -> Step:
+    """Return a step with weights, batch and optimiser of its own."""
     variant = VARIANTS[planned.kind][planned.variant]
     step = variant.step(variant.weights(shape), make_batch(shape), planned.dtype)
     kernels = planned.kernels
@@ -87,6 +88,23 @@ def make_step(planned: GpuStep, shape: Shape) -> Step:
             step()
 
     return with_kernels
+
+
+def make_steps(planned: Sequence[GpuStep], shapes: Mapping[Kind, Shape]) -> dict[GpuStep, Step]:
+    """Return the steps, without those of other libraries that do not run here, of which a line says why."""
+    steps: dict[GpuStep, Step] = {}
+    for one in planned:
+        step = make_step(one, shapes[one.kind])
+        try:
+            step()
+        # Whatever another library raises on a device that nobody tried it on must not cost the other results.
+        except Exception as error:
+            if VARIANTS[one.kind][one.variant].package is None:
+                raise
+            print(f"Left out: {one.name}, which ends with {type(error).__name__}: {error}")
+            continue
+        steps[one] = step
+    return steps
 
 
 def complaints(shapes: Mapping[Kind, Shape]) -> list[str]:
