@@ -5,8 +5,8 @@ r"""Training on one GPU: milliseconds a step with the model pass included, what 
 
 Whether the script works can be seen on a CPU, in Triton's interpreter:
 
-    TRITON_INTERPRET=1 python benchmarks/gpu.py --device cpu --small --layer 1 --num-experts 600 --k 8 --tokens 32 \
-        --forward-tokens 256 --steps 1 --block-steps 1 --rounds 1 --name gpu-small
+    TRITON_INTERPRET=1 python benchmarks/gpu.py --device cpu --small --layer 1 --num-experts 100 --k 8 --tokens 32 \
+        --forward-tokens 256 --steps 1 --block-steps 1 --rounds 1 --name gpu-small --out benchmarks/out
 
 GPT-2 124M's shape with random weights (timing does not need trained ones) in bfloat16, a layer at block 8. The loop is
 the library's own stream, prefetched, and `Student.step`, without logging and snapshots, once with an MxD of 21,490

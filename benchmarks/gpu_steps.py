@@ -143,7 +143,7 @@ def draw(seconds: Mapping[str, Sequence[float]], variant_of: Callable[[str], str
             panel.barh(place, median(milliseconds), height=0.66, color=colour)
             panel.plot([min(milliseconds), max(milliseconds)], [place, place], color=INK, lw=1.1)
             panel.annotate(
-                f"{median(milliseconds):.3g} ms",
+                f"{median(milliseconds):,.2f} ms",
                 (max(milliseconds), place),
                 xytext=(5, 0),
                 textcoords="offset points",
