@@ -305,9 +305,11 @@ def main(options: Options) -> None:
     described = machine()
     model = language_model(options)
     shapes = {kind: options.shape(kind, model.config.n_embd) for kind in KINDS}
-    steps = make_steps(planned_steps(options.device), shapes)
+    planned = planned_steps(options.device)
     wrong = complaints(shapes)
+    # Before the steps, whose weights would count as the loops' memory.
     loops = time_loops(options, model)
+    steps = make_steps(planned, shapes)
     timings = time_parts(options, model, steps, shapes["mxd"])
     is_step = {step.name for step in steps}
     rows: list[dict[str, object]] = [
