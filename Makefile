@@ -37,6 +37,7 @@ bench: $(INSTALLED) ## Measure training and inference on this machine's CPU (an 
 	$(BIN)/python -m pip install -c constraints.txt -e ".[bench]"
 	$(BIN)/python benchmarks/kernels.py
 	$(BIN)/python benchmarks/train_step.py --kind mxd --dtype float32 bfloat16
+	$(BIN)/python benchmarks/train_step.py --kind shared-transcoder --dtype float32 bfloat16
 	$(BIN)/python benchmarks/train_step.py --kind transcoder
 	$(BIN)/python benchmarks/scaling.py
 	$(BIN)/python benchmarks/inference.py

@@ -5,45 +5,52 @@ r"""Training on one GPU: milliseconds a step with the model pass included, what 
 
 Whether the script works can be seen on a CPU, in Triton's interpreter:
 
-    TRITON_INTERPRET=1 python benchmarks/gpu.py --device cpu --small --layer 1 --num-experts 600 --k 8 --tokens 32 \
-        --forward-tokens 256 --steps 1 --block-steps 1 --rounds 1 --name gpu-small
+    TRITON_INTERPRET=1 python benchmarks/gpu.py --device cpu --small --layer 1 --num-experts 100 --k 8 --tokens 32 \
+        --forward-tokens 256 --steps 1 --block-steps 1 --rounds 1 --name gpu-small --out benchmarks/out
 
-GPT-2 124M's shape with random weights (timing does not need trained ones) in bfloat16, one MxD of 21,490 experts at
-layer 8. The loop is the library's own stream, prefetched, and `Student.step`, without logging and snapshots. The dense
-formulation leaves out the projection and renormalisation that ours does. Every part is timed apart, over calls that
-follow one another without waiting, with both sets of kernels, `torch` and `triton`, whose results are compared first;
-the table says which is faster, and `mxd.kernels.backends` should then say so too. `popular` codes name k / 2 latents on
-every token. The settings at the end are those of `kernels/routing.py`, `selection.py` and `torch_tables.py`, of which
-the values that are used on a GPU have not been measured.
+GPT-2 124M's shape with random weights (timing does not need trained ones) in bfloat16, a layer at block 8. The loop is
+the library's own stream, prefetched, and `Student.step`, without logging and snapshots, once with an MxD of 21,490
+experts and once with a shared transcoder, which `mxd train` makes by default.
+
+Every part is timed apart, over calls that follow one another without waiting. Those that have a kind before a colon are
+steps (`gpu_steps.py`, `variants.py`): ours with both sets of kernels, `torch` and `triton`, the dense formulation, the
+bare products that no formulation can do without, and other libraries' where they are installed, beside our transcoder
+of the same size. Ours must have the dense formulation's gradients; otherwise the report is written, and the script
+ends with status 1. Then both sets of kernels apart, whose results are compared first; the table says which is faster,
+and `mxd.kernels.backends` should then say so too. `popular` codes name k / 2 latents on every token. The settings at
+the end are those of `kernels/routing.py`, `selection.py` and `torch_tables.py`, of which the values that are used on a
+GPU have not been measured.
 """
 
 import functools
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple, cast
 from unittest import mock
 
 import numpy as np
 import torch
 import tyro
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from harness import machine, print_table, synchronize, write_report
+from gpu_steps import KERNELS, KINDS, GpuStep, complaints, draw, make_steps, planned_steps, ratios
+from harness import RESULTS, machine, print_table, synchronize, write_report
 from mxd.data.activations import ActivationStream
 from mxd.data.prefetch import Prefetch
 from mxd.data.tokens import LocalTokens
 from mxd.kernels import backends, route, routing, score_blocks, selection, torch_tables
 from mxd.kernels.turned import turned
-from mxd.layers import MixtureOfDecoders, MixtureOfDecodersConfig
+from mxd.layers import MixtureOfDecoders
 from mxd.models import MlpPair, mlp_pairs
-from mxd.training.student import Student, StudentConfig
+from variants import Kind, Shape, Step, make_batch, make_layer, make_student, sized
 
 PAPER_TOKENS = 480_000_000
-BACKENDS = ("torch", "triton")
+LOOPS: tuple[Kind, ...] = ("mxd", "shared-transcoder")
+"""The kinds that the whole loop is timed with."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,9 +62,9 @@ class Options:
     tokens: int = 4096
     """Tokens of a step."""
     num_experts: int = 21_490
-    """Number of experts."""
+    """Number of experts of a mixture; other kinds have what goes with the width, and with `--small` as many."""
     k: int = 32
-    """Experts active for each token."""
+    """Latents active for each token."""
     forward_tokens: int = 32_768
     """Tokens of one run of the language model."""
     steps: int = 128
@@ -73,22 +80,22 @@ class Options:
     small: bool = False
     """A tiny model and layer, to see that the script works."""
     name: str = "gpu"
-    """Name of the report in results/."""
+    """Name of the report."""
+    out: Path = RESULTS
+    """Folder of the report."""
+
+    def shape(self, kind: Kind, width: int) -> Shape:
+        """Return what a step learns: the sizes that go with an MLP of this width."""
+        sizes = {"tokens": self.tokens, "d_model": width, "d_hidden": 4 * width, "k": self.k, "device": self.device}
+        if kind == "mxd" or self.small:
+            return Shape(kind=kind, num_latents=self.num_experts, **sizes)
+        return sized(Shape(kind=kind, **sizes))
 
 
 def language_model(options: Options) -> GPT2LMHeadModel:
     sizes = {"n_embd": 64, "n_head": 2, "vocab_size": 512} if options.small else {}
     config = GPT2Config(n_layer=options.layer + 1, **sizes)
     return GPT2LMHeadModel(config).to(options.device, torch.bfloat16).eval()
-
-
-def new_student(options: Options, width: int) -> Student:
-    config = MixtureOfDecodersConfig(
-        d_in=width, d_hidden=4 * width, d_out=width, num_experts=options.num_experts, k=options.k
-    )
-    network = MixtureOfDecoders(config, torch.Generator().manual_seed(0))
-    nn.init.normal_(network.W_dec, std=(4 * width) ** -0.5, generator=torch.Generator().manual_seed(1))
-    return Student("gpu", options.layer, network.to(options.device), StudentConfig(lr=1e-4))
 
 
 def new_stream(options: Options, model: GPT2LMHeadModel) -> ActivationStream:
@@ -123,12 +130,13 @@ class Loop(NamedTuple):
     """The most that tensors took on the GPU; 0 on a CPU."""
 
 
-def whole_loop(options: Options, model: GPT2LMHeadModel) -> Loop:
+def whole_loop(options: Options, model: GPT2LMHeadModel, kind: Kind) -> Loop:
     """Time steps over whole blocks of the shuffle buffer after a first one."""
     is_cuda = options.device.startswith("cuda")
     if is_cuda:
         torch.cuda.reset_peak_memory_stats()
-    student, stream = new_student(options, model.config.n_embd), new_stream(options, model)
+    student = make_student(make_layer(options.shape(kind, model.config.n_embd)))
+    stream = new_stream(options, model)
     first = options.block_steps
     steps = -(-options.steps // first) * first
     started = time.perf_counter()
@@ -146,18 +154,18 @@ def whole_loop(options: Options, model: GPT2LMHeadModel) -> Loop:
     return Loop(seconds, torch.cuda.max_memory_allocated() if is_cuda else 0)
 
 
-def seconds_of(parts: Mapping[str, Callable[[], object]], options: Options) -> dict[str, float]:
-    """Return the median seconds of a call of each part, over rounds in which the parts take turns."""
+def seconds_of(parts: Mapping[str, Callable[[], object]], options: Options) -> dict[str, list[float]]:
+    """Return the seconds of a call of each part, for rounds in which the parts take turns."""
     calls: dict[str, int] = {}
     for name, part in parts.items():
         # Once to compile, allocate and warm up, once to see how long it takes.
         part()
         calls[name] = min(50, max(1, int(options.seconds / back_to_back(part, 2, options))))
-    timings = {name: [] for name in parts}
+    timings: dict[str, list[float]] = {name: [] for name in parts}
     for _ in range(options.rounds):
         for name, part in parts.items():
             timings[name].append(back_to_back(part, calls[name], options))
-    return {name: statistics.median(of_one) for name, of_one in timings.items()}
+    return timings
 
 
 def back_to_back(part: Callable[[], object], calls: int, options: Options) -> float:
@@ -175,27 +183,6 @@ def back_to_back(part: Callable[[], object], calls: int, options: Options) -> fl
     last.record()
     synchronize()
     return first.elapsed_time(last) / 1000 / calls
-
-
-def dense_step(student: Student, x: Tensor, target: Tensor) -> Callable[[], None]:
-    """The same mathematics with a dense code, autograd throughout."""
-    layer = student.network
-    assert isinstance(layer, MixtureOfDecoders)
-    optimizer = torch.optim.AdamW(layer.parameters(), lr=1e-4, weight_decay=0.0, fused=True)
-
-    def step() -> None:
-        with torch.autocast(x.device.type, torch.bfloat16):
-            scores = functional.relu(x @ layer.W_gate + layer.b_gate)
-            values, indices = scores.topk(layer.config.k, dim=-1)
-            code = torch.zeros_like(scores).scatter(-1, indices, values)
-            hidden = functional.gelu(x @ layer.encoder.W_enc + layer.encoder.b_enc)
-            prediction = (code @ layer.W_expert) * (hidden @ layer.W_dec) + layer.b_dec
-        loss = ((prediction.float() - target).square() / target.norm(dim=-1, keepdim=True)).mean()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
 
 
 def scores_of(layer: MixtureOfDecoders, x: Tensor) -> Tensor:
@@ -238,7 +225,7 @@ def kernels(options: Options, layer: MixtureOfDecoders, x: Tensor) -> dict[str, 
         assert isinstance(ours, Tensor)
         assert isinstance(other, Tensor)
         torch.testing.assert_close(ours, other, rtol=1e-3, atol=1e-2)
-    for name in BACKENDS:
+    for name in KERNELS:
         kept, places = calls[f"largest, {name}"]()  # pyright: ignore[reportGeneralTypeIssues]
         assert torch.equal(kept.sort(1).values, torch.topk(scores, options.k, dim=1).values.sort(1).values)
         assert torch.equal(scores.gather(1, places), kept)
@@ -279,6 +266,37 @@ def settings(options: Options, layer: MixtureOfDecoders, x: Tensor) -> dict[str,
     return calls
 
 
+def time_loops(options: Options, model: GPT2LMHeadModel) -> dict[str, list[Loop]]:
+    """Return every round of the whole loop, by kind and kernels."""
+    loops: dict[str, list[Loop]] = {}
+    for kind in LOOPS:
+        for name in KERNELS:
+            with backends.using_backend(name):
+                found = [whole_loop(options, model, kind) for _ in range(options.rounds)]
+            loops[f"{kind}: whole loop, bfloat16, {name} kernels"] = found
+    return loops
+
+
+def time_parts(
+    options: Options, model: GPT2LMHeadModel, steps: Mapping[GpuStep, Step], shape: Shape
+) -> dict[str, list[float]]:
+    """Return the seconds of every round of the steps, and of what a mixture of this shape consists of."""
+    x, contexts = make_batch(shape).x, options.forward_tokens // 128
+    ids = torch.zeros(contexts, 128, dtype=torch.long, device=options.device)
+    layer = cast(MixtureOfDecoders, make_layer(shape))
+    gate, rounded = layer.W_gate.detach().bfloat16(), x.bfloat16()
+    parts: dict[str, Callable[[], object]] = {
+        f"model pass, {options.forward_tokens:,} tokens": lambda: mlp_pairs(model, ids, [options.layer]),
+        **{step.name: call for step, call in steps.items()},
+        "gate product alone": lambda: rounded @ gate,
+        **kernels(options, layer, x),
+        **settings(options, layer, x),
+    }
+    # What `settings` times belongs to the torch backend; steps with other kernels choose theirs.
+    with backends.using_backend("torch"):
+        return seconds_of(parts, options)
+
+
 def main(options: Options) -> None:
     if not options.device.startswith("cpu"):
         if not torch.cuda.is_available():
@@ -286,53 +304,58 @@ def main(options: Options) -> None:
         torch.cuda.set_device(torch.device(options.device).index or 0)
     described = machine()
     model = language_model(options)
-    width = model.config.n_embd
-    loops: dict[str, Loop] = {}
-    for name in BACKENDS:
-        backends.set_backend(name)
-        repeats = [whole_loop(options, model) for _ in range(options.rounds)]
-        loops[name] = Loop(
-            statistics.median(loop.seconds for loop in repeats), max(loop.peak_bytes for loop in repeats)
-        )
-    # What `settings` times belongs to the torch backend.
-    backends.set_backend("torch")
-    generator = torch.Generator().manual_seed(2)
-    x, target = torch.randn(2, options.tokens, width, generator=generator).to(options.device)
-    contexts = torch.zeros(options.forward_tokens // 128, 128, dtype=torch.long, device=options.device)
-    is_content = torch.ones(options.tokens, dtype=torch.bool, device=options.device)
-    student = new_student(options, width)
-
-    def step(name: str) -> None:
-        with backends.using_backend(name):  # pyright: ignore[reportArgumentType]
-            student.step(0, x, target, is_content, lr_factor=1.0, autocast=torch.bfloat16)
-
-    layer = student.network
-    assert isinstance(layer, MixtureOfDecoders)
-    gate = layer.W_gate.detach().bfloat16()
-    parts: dict[str, Callable[[], object]] = {
-        f"model pass, {options.forward_tokens:,} tokens": lambda: mlp_pairs(model, contexts, [options.layer]),
-        **{f"student's step, {name}": functools.partial(step, name) for name in BACKENDS},
-        "dense formulation": dense_step(new_student(options, width), x, target),
-        "gate product alone": lambda: x.bfloat16() @ gate,
-        **kernels(options, layer, x),
-        **settings(options, layer, x),
-    }
-    timings = seconds_of(parts, options)
+    shapes = {kind: options.shape(kind, model.config.n_embd) for kind in KINDS}
+    planned = planned_steps(options.device)
+    wrong = complaints(shapes)
+    # Before the steps, whose weights would count as the loops' memory.
+    loops = time_loops(options, model)
+    steps = make_steps(planned, shapes)
+    timings = time_parts(options, model, steps, shapes["mxd"])
+    is_step = {step.name for step in steps}
     rows: list[dict[str, object]] = [
         {
-            "what": f"whole loop, {name}",
-            "ms": 1000 * loop.seconds,
-            "tokens/s": options.tokens / loop.seconds,
-            "peak MiB": loop.peak_bytes // 2**20,
+            "what": what,
+            "ms": 1000 * statistics.median(loop.seconds for loop in of_one),
+            "tokens/s": options.tokens / statistics.median(loop.seconds for loop in of_one),
+            "peak MiB": max(loop.peak_bytes for loop in of_one) // 2**20,
         }
-        for name, loop in loops.items()
+        for what, of_one in loops.items()
     ]
-    rows += [{"what": what, "ms": 1000 * taken, "tokens/s": "", "peak MiB": ""} for what, taken in timings.items()]
+    for what, of_one in timings.items():
+        taken = statistics.median(of_one)
+        rate = options.tokens / taken if what in is_step else ""
+        rows.append({"what": what, "ms": 1000 * taken, "tokens/s": rate, "peak MiB": ""})
     print_table(rows, "One GPU")
-    best = min(loop.seconds for loop in loops.values())
-    details = {"minutes_for_the_papers_480M_tokens": PAPER_TOKENS / options.tokens * best / 60}
-    print(details)
-    write_report(options.name, "Training on one GPU", rows, described, details)
+    found = ratios(timings, list(steps))
+    print_table([{"ratio": name, "median of rounds": value} for name, value in found.items()], "Ratios")
+    best = min(statistics.median(loop.seconds for loop in loops[what]) for what in loops if what.startswith("mxd:"))
+    minutes = PAPER_TOKENS / options.tokens * best / 60
+    print(f"{minutes:.1f} minutes for the paper's {PAPER_TOKENS // 10**6}M tokens, with the model in the loop")
+    seconds = {what: [loop.seconds for loop in of_one] for what, of_one in loops.items()} | timings
+    variants = {**dict.fromkeys(loops, "mxd"), **{step.name: step.variant for step in steps}}
+    subtitle = f"{options.tokens:,} tokens, width {model.config.n_embd}, k {options.k}"
+    write_report(
+        options.name,
+        "Training on one GPU",
+        rows,
+        described,
+        {
+            "minutes_for_the_papers_480M_tokens": minutes,
+            "shapes": {kind: asdict(shape) for kind, shape in shapes.items()},
+            "ratios": found,
+            "disagreements": wrong,
+            "seconds": seconds,
+        },
+        draw(
+            {name: seconds[name] for name in variants},
+            variants.__getitem__,
+            "Training on one GPU",
+            f"{subtitle} · {described.get('gpu', described['cpu'])}, {described['date']}",
+        ),
+        options.out,
+    )
+    if wrong:
+        raise SystemExit("\n".join(wrong))
 
 
 if __name__ == "__main__":

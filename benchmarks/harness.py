@@ -5,6 +5,7 @@ Scripts in this folder import it by its plain name, since Python puts a script's
 
 import datetime
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -28,6 +29,7 @@ from rich.table import Table
 # What `mxd` sets too, before PyTorch first allocates: large tensors, whoever's, come in pages of 2 MiB.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
+REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).parent / "results"
 REPORTED_VERSIONS = ("mxd", "torch", "transformers", "triton", "eai-sparsify", "sae-lens")
 
@@ -87,8 +89,11 @@ def machine() -> dict[str, object]:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    described: dict[str, object] = {
-        "date": datetime.date.today().isoformat(),
+    described: dict[str, object] = {"date": datetime.date.today().isoformat()}
+    commit = _commit()
+    if commit is not None:
+        described["commit"] = commit
+    described |= {
         "cpu": name,
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -106,6 +111,30 @@ def machine() -> dict[str, object]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return described
+
+
+def _commit() -> str | None:
+    """Return the commit of the mxd that is measured, with a `+` where more than results differs from it.
+
+    None where git or the repository is not there, or mxd was installed from elsewhere.
+    """
+    measured = importlib.util.find_spec("mxd")
+    is_ours = measured is not None and Path(measured.origin or "").resolve().is_relative_to(REPOSITORY)
+    # An unpacked archive, within whatever other repository, has no commit of its own.
+    if not is_ours or not (REPOSITORY / ".git").exists():
+        return None
+    git = ["git", "--no-optional-locks", "-C", str(REPOSITORY)]
+    try:
+        commit, changes = (
+            subprocess.run([*git, *arguments], check=True, capture_output=True, text=True).stdout.strip()
+            for arguments in (
+                ["rev-parse", "--short", "HEAD"],
+                ["status", "--porcelain", "--", ":/", ":(top,exclude)benchmarks/results"],
+            )
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return f"{commit}+" if changes else commit
 
 
 def _driver() -> str:

@@ -38,12 +38,11 @@ from transformers import AutoModelForCausalLM, GenerationConfig, GPT2Config, Sto
 from harness import RESULTS, Timing, machine, measure, print_table, write_report
 from mxd.evaluation.drawing import GRID, INK, MUTED, figure
 from mxd.layers import MixtureOfDecoders, SparseLayer
-from mxd.layers.sizing import EXPANSION, paper_num_experts
 from mxd.models import find_mlp, replace_mlp
-from variants import Dtype, Kind, Shape, make_layer
+from variants import Dtype, Kind, Shape, make_layer, sized
 
 Phase = Literal["prefill", "decode"]
-COLOURS = {"original": "#8a94a3", "mxd": "#0072b2", "transcoder": "#d55e00"}
+COLOURS = {"original": "#8a94a3", "mxd": "#0072b2", "shared-transcoder": "#332288", "transcoder": "#d55e00"}
 READ_BYTES = 2**30
 """Size of what is read to find out how fast memory is: no cache holds it."""
 FLOOR = (
@@ -66,7 +65,8 @@ class Options:
     d_model: int = 768
     """Width of the model; a multiple of 64."""
     num_latents: int | None = None
-    """Number of experts or latents; the paper's for this width if not given: 21,490 and 24,576."""
+    """Number of experts or latents; what goes with this width if not given: 21,490 (the paper's), or 24,576 for a
+    transcoder, or 12,288 and as many hidden units for a shared transcoder."""
     k: int = 32
     """Latents active for each token."""
     layer: int = 8
@@ -92,10 +92,9 @@ class Options:
     note: str = ""
     """What a reader of the results should know, such as what else the machine was doing."""
 
-    def num_latents_of(self, kind: Kind) -> int:
-        if self.num_latents is not None:
-            return self.num_latents
-        return paper_num_experts(self.d_model, 4 * self.d_model) if kind == "mxd" else EXPANSION * self.d_model
+    def shape_of(self, kind: Kind) -> Shape:
+        shape = Shape(kind=kind, tokens=0, d_model=self.d_model, d_hidden=4 * self.d_model, k=self.k)
+        return sized(shape) if self.num_latents is None else replace(shape, num_latents=self.num_latents)
 
 
 class Setting(NamedTuple):
@@ -150,16 +149,8 @@ def make_model(options: Options, dtype: Dtype) -> nn.Module:
 def make_variants(options: Options, dtype: Dtype) -> list[Variant]:
     variants = [Variant("original", "original", {})]
     for kind in options.kind:
-        shape = Shape(
-            kind=kind,
-            tokens=0,
-            d_model=options.d_model,
-            d_hidden=4 * options.d_model,
-            num_latents=options.num_latents_of(kind),
-            k=options.k,
-        )
         layers = {
-            layer: make_layer(shape, seed=layer).to(getattr(torch, dtype)).requires_grad_(False)
+            layer: make_layer(options.shape_of(kind), seed=layer).to(getattr(torch, dtype)).requires_grad_(False)
             for layer in range(options.num_layers)
         }
         one = {options.layer: layers[options.layer]}
@@ -344,7 +335,7 @@ def main(options: Options) -> None:
     measured = [one for dtype in options.dtype for one in run_dtype(dtype, options)]
     speed = max(speed, memory_speed(options.rounds))
     rows = table(measured, speed)
-    sizes = ", ".join(f"{kind} {options.num_latents_of(kind):,}" for kind in options.kind)
+    sizes = ", ".join(f"{kind} {options.shape_of(kind).num_latents:,}" for kind in options.kind)
     shape = f"GPT-2's shape, {options.num_layers} layers of width {options.d_model}; {sizes} latents, k {options.k}"
     for setting in dict.fromkeys(one.setting for one in measured):
         chosen = [row for row in rows if (row["dtype"], row["phase"], row["batch"]) == (setting.dtype, *setting[1:])]

@@ -153,23 +153,27 @@ def table_gathers(options: Options) -> Iterator[Comparison]:
 
 
 def batched_gates(options: Options) -> Iterator[Comparison]:
-    x = random(options.tokens, D)
-    for n in (512, 2048, 8192):
-        gates = [random(n, D).t() for _ in range(STUDENTS)]
-        together = torch.cat([gate.t() for gate in gates]).t()
+    for dtype in (torch.float32, torch.bfloat16):
+        x = random(options.tokens, D, dtype=dtype)
+        for n in (512, 2048, 8192):
+            gates = [random(n, D, dtype=dtype).t() for _ in range(STUDENTS)]
+            together = torch.cat([gate.t() for gate in gates]).t()
 
-        def multiply(weights: list[Tensor], width: int) -> None:
-            for weight in weights:
-                for _ in products.product_by_rows(x, weight, torch.zeros(width), scores_at_once(weight)):
-                    pass
+            def multiply(weights: list[Tensor], x: Tensor = x) -> None:
+                for weight in weights:
+                    bias = weight.new_zeros(weight.shape[1])
+                    for _ in products.product_by_rows(x, weight, bias, scores_at_once(weight)):
+                        pass
 
-        yield Comparison(
-            f"gate products of {STUDENTS} students, {n:,} experts each",
-            {
-                "one by one": functools.partial(multiply, gates, n),
-                "batched": functools.partial(multiply, [together], STUDENTS * n),
-            },
-        )
+            # Results that are quoted have no type in the name in float32.
+            suffix = "" if dtype == torch.float32 else f", {short(dtype)}"
+            yield Comparison(
+                f"gate products of {STUDENTS} students, {n:,} experts each{suffix}",
+                {
+                    "one by one": functools.partial(multiply, gates),
+                    "batched": functools.partial(multiply, [together]),
+                },
+            )
 
 
 def optimizer_passes(options: Options) -> Iterator[Comparison]:

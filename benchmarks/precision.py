@@ -127,7 +127,8 @@ class Finished(NamedTuple):
     """One run."""
 
     students: list[Trained]
-    train_seconds: float
+    train_seconds: float | None
+    """None where it was there already and only read."""
 
 
 def mxd(*arguments: str, **environment: str) -> str:
@@ -151,12 +152,13 @@ def run(options: Options, setting: Setting, model: Path, out: Path) -> Finished:
     asked |= {"schedule": options.schedule, "precision": precision, "device": "cpu", "out": out}
     optional = {"threads": options.threads, "warmup-tokens": options.warmup_tokens}
     asked |= {name: value for name, value in optional.items() if value is not None}
-    started = time.perf_counter()
+    seconds = None
     if not (out / "finished.json").exists():
+        started = time.perf_counter()
         kernels = {"MXD_KERNELS": "torch"} if control else {}
         given = (part for name, value in asked.items() for part in (f"--{name}", str(value)))
         mxd("train", *given, "--text", *options.text, **kernels)
-    seconds = time.perf_counter() - started
+        seconds = time.perf_counter() - started
     tokens = [] if options.eval_tokens is None else ["--tokens", str(options.eval_tokens)]
     rows = {row["id"]: row for row in json.loads(mxd("evaluate", str(out), "--json", *tokens))}
     lines = cast(list[dict[str, Any]], read_metrics(out / "metrics.jsonl"))

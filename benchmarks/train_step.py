@@ -1,6 +1,7 @@
 """One training step: mxd's, the same mathematics written densely, the bare products, and other libraries'.
 
     python benchmarks/train_step.py --dtype float32 bfloat16
+    python benchmarks/train_step.py --kind shared-transcoder --dtype float32 bfloat16
     python benchmarks/train_step.py --kind transcoder
     python benchmarks/train_step.py --profile
 
@@ -23,9 +24,9 @@ import tyro
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from rich.console import Console
-from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from agreement import Agreement, agreement
 from harness import (
     RESULTS,
     Timing,
@@ -38,32 +39,21 @@ from harness import (
     write_report,
 )
 from mxd.evaluation.drawing import GRID, INK, MUTED, figure
-from mxd.layers.sizing import EXPANSION, paper_num_experts
 from variants import (
+    COLOURS,
+    OTHER_COLOUR,
+    PRODUCTS,
     VARIANTS,
     Dtype,
     Kind,
     Shape,
-    autocast,
-    dense_loss,
     is_installed,
     make_batch,
     make_layer,
-    mxd_loss,
-    sparsify_coder,
+    sized,
 )
 
-TOLERANCE = 1e-3
-"""Largest relative error of a gradient in float32; one latent chosen otherwise among equals costs that much."""
 MEMORY = "peak RSS of two steps in a process of its own, above weights and batch, less gradients and AdamW's moments"
-COLOURS = {
-    "mxd": "#0072b2",
-    "dense": "#e69f00",
-    "sparsify": "#009e73",
-    "products": "#8a94a3",
-    "linear products": "#8a94a3",
-}
-OTHER_COLOUR = "#cc79a7"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,9 +67,10 @@ class Options:
     d_model: int = 768
     """Width of input and output."""
     d_hidden: int = 3072
-    """Number of dense hidden units; a transcoder has none."""
+    """Number of dense hidden units; a transcoder has none, a shared transcoder more unless its latents are given."""
     num_latents: int | None = None
-    """Number of experts or latents; the paper's for this shape if not given: 21,490, or 24,576 for a transcoder."""
+    """Number of experts or latents; what goes with this shape if not given: 21,490 (the paper's), or 24,576 for a
+    transcoder, or 12,288 and as many hidden units for a shared transcoder."""
     k: int = 32
     """Latents active for each token."""
     dtype: tuple[Dtype, ...] = ("float32",)
@@ -99,18 +90,9 @@ class Options:
 
     @property
     def shape(self) -> Shape:
-        num_latents = self.num_latents
-        if num_latents is None:
-            is_mxd = self.kind == "mxd"
-            num_latents = paper_num_experts(self.d_model, self.d_hidden) if is_mxd else EXPANSION * self.d_model
-        return Shape(
-            kind=self.kind,
-            tokens=self.tokens,
-            d_model=self.d_model,
-            d_hidden=self.d_hidden,
-            num_latents=num_latents,
-            k=self.k,
-        )
+        sizes = {"tokens": self.tokens, "d_model": self.d_model, "d_hidden": self.d_hidden, "k": self.k}
+        shape = Shape(kind=self.kind, **sizes)
+        return sized(shape) if self.num_latents is None else replace(shape, num_latents=self.num_latents)
 
 
 class Run(NamedTuple):
@@ -140,45 +122,16 @@ def planned_runs(options: Options) -> list[Run]:
     return runs
 
 
-def gradients(loss: Tensor, layer: torch.nn.Module) -> dict[str, Tensor]:
-    names, weights = zip(*layer.named_parameters(), strict=True)
-    return {"loss": loss.detach(), **dict(zip(names, torch.autograd.grad(loss, weights), strict=True))}
-
-
-def relative_error(found: Tensor, exact: Tensor) -> float:
-    return float((found - exact).norm() / exact.norm())
-
-
-def require_agreement(options: Options, runs: Sequence[Run]) -> dict[str, dict[str, float]]:
-    """Return the relative errors of loss and gradients, against the dense ones in float32.
-
-    In bfloat16 many scores are equal and each variant chooses among them, so mxd is held to what dense errs by.
+def require_agreement(options: Options, runs: Sequence[Run]) -> Agreement:
+    """Return how far loss and gradients are from the dense ones in float32.
 
     Raises:
         ValueError: If one of mxd's, or sparsify's output, is off by more than rounding explains.
     """
-    layer, batch = make_layer(options.shape), make_batch(options.shape)
-    exact = gradients(dense_loss(layer, batch), layer)
-    errors: dict[str, dict[str, float]] = {}
-    for dtype in options.dtype:
-        for variant, loss_of in {"dense": dense_loss, "mxd": mxd_loss}.items():
-            with autocast(dtype):
-                loss = loss_of(layer, batch)
-            found = gradients(loss, layer)
-            errors[Run(variant, dtype).name] = {name: relative_error(found[name], exact[name]) for name in exact}
-        for name, error in errors[Run("mxd", dtype).name].items():
-            _require(f"{name} in {dtype}", error, max(TOLERANCE, 1.1 * errors[Run("dense", dtype).name][name]))
-    if Run("sparsify", "float32") in runs:
-        with torch.no_grad():
-            error = relative_error(sparsify_coder(options.shape)(batch.x).sae_out, layer(batch.x).prediction)
-        errors["sparsify, float32"] = {"prediction": error}
-        _require("sparsify's prediction", error, TOLERANCE)
-    return errors
-
-
-def _require(what: str, error: float, allowed: float) -> None:
-    if not error <= allowed:
-        raise ValueError(f"The relative error of {what} must be at most {allowed:.1e}; got {error:.1e}.")
+    found = agreement(options.shape, options.dtype, with_sparsify=Run("sparsify", "float32") in runs)
+    if found.complaints:
+        raise ValueError(found.complaints[0])
+    return found
 
 
 def resident_bytes() -> int:
@@ -241,7 +194,7 @@ def ratios(timings: Mapping[str, Sequence[Timing]], options: Options) -> dict[st
     asked: dict[str, tuple[Run, Run]] = {}
     for dtype in options.dtype:
         mine = Run("mxd", dtype)
-        for products in ("products", "linear products"):
+        for products in PRODUCTS:
             asked[f"mxd / {products}, both {dtype}"] = mine, Run(products, dtype)
         for dense in dict.fromkeys(("float32", dtype)):
             asked[f"dense, {dense} / mxd, {dtype}"] = Run("dense", dense), mine
@@ -289,7 +242,7 @@ def compare(options: Options) -> None:
     described, runs, shape = machine(), planned_runs(options), options.shape
     # First, because on Linux a process inherits the peak of the one that started it.
     peaks = {run.name: number_from_own_process("--memory-of", *run) for run in runs}
-    errors = require_agreement(options, runs)
+    errors = require_agreement(options, runs).errors
     batch = make_batch(shape)
     steps = {
         run.name: variant.step(variant.weights(shape), batch, run.dtype)
@@ -313,6 +266,8 @@ def compare(options: Options) -> None:
     latents = "experts" if options.kind == "mxd" else "latents"
     title = f"One training step: {options.kind}, {shape.tokens:,} tokens"
     subtitle = f"width {shape.d_model}, {shape.num_latents:,} {latents}, k {shape.k}"
+    if options.kind == "shared-transcoder":
+        subtitle = f"width {shape.d_model}, {shape.num_latents:,} latents, {shape.d_hidden:,} hidden units, k {shape.k}"
     print_table(rows, f"{title}, {subtitle}")
     print(f"step MiB: {MEMORY}.")
     print_table([{"ratio": name, "median of rounds": value} for name, value in found.items()], "Ratios")
