@@ -6,9 +6,10 @@
 A model of one block of GPT-2's width (random weights) on the standard library's text; one run fills the cache, a second
 one reads it. Clocks around the parts of the second run's loop add up: the student's step, filling the shuffle buffer
 (and in it the checksums of shards that this process opens for the first time) and gathering a batch from it. The rest
-is the loop itself. The student's step is timed alone too, right after, again and again on one batch: on random numbers
-with fresh weights, on the run's last batch with fresh weights, and on that batch with the weights that the run ended
-with. What separates the first from the second is the data, the second from the third what was learnt.
+is the loop itself. The student's step is timed alone too, right after, as often on one batch: on random numbers with
+fresh weights, on the run's last batch with fresh weights, and on that batch with the weights that the run ended with.
+What separates the first from the second is the data, the second from the third what was learnt. Medians leave out the
+steps in which the machine did something else; means do not.
 """
 
 import functools
@@ -17,7 +18,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 
 import torch
 import tyro
@@ -88,26 +89,28 @@ def fresh_student() -> Student:
     return Student("alone", 0, network, StudentConfig(lr=1e-4))
 
 
-def step_alone(student: Student, x: Tensor, target: Tensor, rounds: int = 15) -> float:
-    """Return the median seconds of a step on one batch that stays where it is."""
+def step_alone(student: Student, x: Tensor, target: Tensor, rounds: int) -> list[float]:
+    """Return the seconds of steps on one batch that stays where it is, but for the first."""
     is_content, seconds = torch.ones(len(x), dtype=torch.bool), list[float]()
-    for step in range(rounds):
+    for step in range(rounds + 1):
         started = time.perf_counter()
         student.step(step, x, target, is_content, lr_factor=1.0, autocast=torch.bfloat16)
         seconds.append(time.perf_counter() - started)
-    return median(seconds)
+    return seconds[1:]
 
 
-def steps_alone(last: tuple[object, ...]) -> dict[str, float]:
-    """Return the seconds of a step alone, nearer to the run's own from one to the next."""
+def steps_alone(last: tuple[object, ...], rounds: int) -> dict[str, list[float]]:
+    """Return the seconds of steps alone, nearer to the run's own from one sort to the next."""
     trained, _, x, target = last[:4]
     assert isinstance(trained, Student)
     assert isinstance(x, Tensor)
     assert isinstance(target, Tensor)
     return {
-        "(the step alone: random numbers, fresh weights)": step_alone(fresh_student(), *torch.randn(2, *x.shape)),
-        "(the step alone: the last batch, fresh weights)": step_alone(fresh_student(), x, target),
-        "(the step alone: the last batch, the run's weights)": step_alone(trained, x, target),
+        "the step alone: random numbers, fresh weights": step_alone(
+            fresh_student(), *torch.randn(2, *x.shape), rounds=rounds
+        ),
+        "the step alone: the last batch, fresh weights": step_alone(fresh_student(), x, target, rounds=rounds),
+        "the step alone: the last batch, the run's weights": step_alone(trained, x, target, rounds=rounds),
     }
 
 
@@ -151,19 +154,17 @@ def main(options: Options) -> None:
         {"part": part, "ms a batch": 1000 * seconds / plan.steps, "share": seconds / whole}
         for part, seconds in parts.items()
     ]
+    series = {"the run's steps after the first": steps[1:]}
+    series |= steps_alone(clock.last["student's step"], rounds=len(steps) - 1)
     rows += [
-        {"part": f"(the run's steps: {which})", "ms a batch": 1000 * seconds, "share": ""}
-        for which, seconds in (
-            ("the first", steps[0]),
-            ("the median", median(steps)),
-            ("the slowest other", max(steps[1:])),
-        )
+        {"part": f"({name}: {what})", "ms a batch": 1000 * of_all(seconds), "share": ""}
+        for name, seconds in series.items()
+        for what, of_all in (("median", median), ("mean", fmean))
     ]
-    alone = steps_alone(clock.last["student's step"])
-    rows += [{"part": part, "ms a batch": 1000 * seconds, "share": ""} for part, seconds in alone.items()]
     print_table(rows, f"Training from a cache, {plan.steps} batches of 4,096 tokens")
     title = f"What a batch from a cache takes: width {WIDTH}, products in bfloat16, {plan.steps} batches"
-    write_report(options.name, title, rows, described, {"prefetch": plan.resources.prefetch})
+    details = {"prefetch": plan.resources.prefetch, "ms": {name: [1000 * s for s in of] for name, of in series.items()}}
+    write_report(options.name, title, rows, described, details)
 
 
 if __name__ == "__main__":

@@ -26,8 +26,10 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 from rich.console import Console
 from rich.table import Table
 
-# What `mxd` sets too, before PyTorch first allocates: large tensors, whoever's, come in pages of 2 MiB.
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+from mxd.allocator import keep_freed_memory
+
+# As every command of `mxd` does, before PyTorch first allocates; for whoever's tensors.
+keep_freed_memory()
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).parent / "results"

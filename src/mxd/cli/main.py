@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
+from mxd.allocator import keep_freed_memory
 from mxd.printable import printable
 
 DONE, CANNOT_BE_MET, FAULT, INTERRUPTED = 0, 2, 3, 130
@@ -18,9 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     # Our own bar tells how far the work is; a bar for each file loaded would stand in between.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    # Pages of 2 MiB for large tensors: a step's gradients are new memory each time, and pages of 4 KiB are handed out
-    # one by one. PyTorch reads this when it first allocates.
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    keep_freed_memory()
     from mxd.runs.faults import TrainingFault, TrainingInterrupted
     from mxd.runs.snapshots import SnapshotError
 
