@@ -8,7 +8,7 @@ from mxd.evaluation.comparison import compare_runs, frontier_folder, write_front
 from mxd.evaluation.record import read_record
 from mxd.training.config import TrainConfig
 from mxd.training.decompose import decompose, make_plan
-from tests.tiny_run import Command, TinyRun, assert_refused, copied, training, tree
+from tests.tiny_run import Command, TinyRun, assert_refused, change_json, copied, training, tree
 
 FILES = ["frontier.json", "frontier.md", "frontier.png", "frontier.svg", "report.html"]
 
@@ -77,6 +77,19 @@ def test_where_there_is_no_evaluation_one_on_fewer_tokens_is_the_runs(trained: P
     (run / "evaluation.json").write_text("{", encoding="utf-8")
     compare_runs([run], tokens=160)
     assert read_record(run / "evaluation.json").identity.tokens == 160, "what could not be read is made anew"
+
+
+def test_what_another_version_measured_stays_and_pictures_of_other_numbers_go(drawn: Path) -> None:
+    evaluation = drawn / "evaluation.json"
+    change_json(evaluation, lambda content: content["identity"].update(metrics=-1))
+    before = evaluation.read_bytes()
+    found = compare_runs([drawn], tokens=128)
+    write_frontier(found, folder := frontier_folder(found, None))
+    assert (evaluation.read_bytes(), folder.parent) == (before, drawn)
+    (aside,) = drawn.glob("evaluation-*.json")
+    change_json(aside, lambda content: content["identity"].update(metrics=-1))
+    compare_runs([drawn], tokens=128)
+    assert sorted(path.name for path in folder.iterdir()) == ["frontier.png", "report.html"]
 
 
 def test_the_runs_own_text_elsewhere_is_its_own_and_other_text_is_not(

@@ -54,6 +54,14 @@ def test_what_is_alike_but_for_its_seed_is_one_point_however_it_was_asked_for(fi
     assert found == [["mxd-k16-h64-seed0"], ["mxd-k16-h64-seed1", "mxd-k16-h8"]]
 
 
+def test_ranks_that_auto_came_to_are_named_where_they_differ() -> None:
+    one = [replace(row("molt", k=16), id="molt-k16", rank=64)]
+    other = [replace(row("molt", k=16, seed=1), id="molt-k16", rank=128)]
+    assert ids(({"rank": "auto"}, one), ({"rank": "auto"}, other)) == [["molt-k16-r64"], ["molt-k16-r128"]]
+    alike = [replace(found, rank=64) for found in other]
+    assert ids(({"rank": "auto"}, one), ({"rank": "auto"}, alike)) == [["molt-k16-seed0"], ["molt-k16-seed1"]]
+
+
 def test_what_differs_is_named_by_the_setting_and_only_where_a_kind_reads_it() -> None:
     rows = [wide(64, "mxd-k16"), row("transcoder", k=16)]
     others = [wide(8, "mxd-k16", seed=1), row("transcoder", k=16, seed=1)]

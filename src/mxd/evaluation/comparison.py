@@ -8,12 +8,19 @@ from typing import Any
 from mxd.atomic import JSON, write_json_atomically, write_text_atomically
 from mxd.checkpoint import edits_digest
 from mxd.evaluation.drawing import describe
-from mxd.evaluation.evaluate import evaluate_run, report_notes, write_evaluation
+from mxd.evaluation.evaluate import evaluate_run, remove_frontier, report_notes, write_evaluation
 from mxd.evaluation.frontier import draw_frontier
 from mxd.evaluation.frontier_table import markdown_points, markdown_students
 from mxd.evaluation.grid import HOW_INTERVALS_WERE_MADE, METRIC_NAMES, FrontierPoint, frontier_points
 from mxd.evaluation.opening import Foreseen, foresee_identity, read_finished_run
-from mxd.evaluation.record import EVALUATION_FILE, EvaluationIdentity, StoredEvaluation, read_record, write_record
+from mxd.evaluation.record import (
+    EVALUATION_FILE,
+    EvaluationIdentity,
+    StoredEvaluation,
+    is_json,
+    read_record,
+    write_record,
+)
 from mxd.evaluation.report import write_report
 from mxd.evaluation.rows import EvaluationRow
 from mxd.evaluation.siblings import RunRows, beside_each_other
@@ -118,8 +125,8 @@ def _file(run: Path, wanted: Foreseen | None) -> Path:
     try:
         return own if not own.is_file() or read_record(own).identity.text == wanted.identity.text else aside
     except ValueError:
-        # It says nothing any more that could be lost.
-        return own
+        # What another version measured stays; a damaged file says nothing any more that could be lost.
+        return aside if is_json(own) else own
 
 
 def compare_runs(
@@ -190,6 +197,7 @@ def _evaluated(asked: _Asked, run: Path, file: Path, device: str | None, command
     )
     record = evaluation.record
     if file.name != EVALUATION_FILE:
+        remove_frontier(run / _frontier_name(file))
         write_record(file, record)
     else:
         write_evaluation(run, evaluation, title=f"Sparse layers of {record.facts['model']}", footer=command)
@@ -283,7 +291,12 @@ def frontier_folder(frontier: Frontier, out: Path | None) -> Path:
     run, file = frontier.runs[0], frontier.files[0]
     if out is not None and (len(frontier.runs) > 1 or out.resolve() != run.resolve()):
         return out
-    return run if file.name == EVALUATION_FILE else run / file.stem.replace("evaluation", "frontier")
+    return run if file.name == EVALUATION_FILE else run / _frontier_name(file)
+
+
+def _frontier_name(file: Path) -> str:
+    """Return the folder, beside an evaluation that is kept aside, of what is drawn of it."""
+    return file.stem.replace("evaluation", "frontier")
 
 
 def write_frontier(frontier: Frontier, out: Path, *, command: str = "") -> list[str]:

@@ -109,8 +109,7 @@ def write_evaluation(run: Path, evaluation: Evaluation, *, title: str, footer: s
 
     What `mxd frontier` wrote there of an earlier evaluation is removed: it would stand beside numbers of today.
     """
-    for name in _OF_FRONTIER_ALONE:
-        (run / name).unlink(missing_ok=True)
+    remove_frontier(run)
     own = [row for row in evaluation.rows if row.as_trained]
     pictures = [path.name for path in draw_ablations(evaluation.rows, run)]
     pictures += ["trade.png"] if draw_trade(own, run / "trade.png") else []
@@ -131,6 +130,12 @@ def write_evaluation(run: Path, evaluation: Evaluation, *, title: str, footer: s
     # Whoever finds it may rely on the pictures beside it being of the same numbers.
     write_record(run / EVALUATION_FILE, evaluation.record)
     return [EVALUATION_FILE, "frontier.png", *pictures, "report.html"]
+
+
+def remove_frontier(folder: Path) -> None:
+    """Remove what only `mxd frontier` writes: beside other numbers it would say what is no longer so."""
+    for name in _OF_FRONTIER_ALONE:
+        (folder / name).unlink(missing_ok=True)
 
 
 def report_notes(rows: Sequence[EvaluationRow]) -> list[str]:

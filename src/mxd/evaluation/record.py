@@ -92,4 +92,13 @@ def read_record(path: Path) -> StoredEvaluation:
     return StoredEvaluation(EvaluationIdentity(**identity), cast("dict[str, str]", facts), read)
 
 
+def is_json(path: Path) -> bool:
+    """Return whether a file is whole, whatever it says."""
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return False
+    return True
+
+
 _IDENTITY = set(EvaluationIdentity.__dataclass_fields__)

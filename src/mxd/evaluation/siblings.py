@@ -62,8 +62,13 @@ def _with_settings(runs: Sequence[RunRows]) -> list[RunRows]:
 def _differing(runs: Sequence[RunRows], kind: str) -> list[str]:
     rows = [row for measured in runs for row in measured.rows if row.kind == kind]
     configs = [measured.config for measured in runs if any(row.kind == kind for row in measured.rows)]
-    # What nobody asked for follows from something else, as the number of latents does from matched parameters.
-    asked = [name for name in StudentSettings._fields if len({v for c in configs for v in _values(c.get(name))}) > 1]
+    # What nobody asked for follows from something else, as the number of latents does from matched parameters. A rank
+    # does not always: `auto` has not meant the same in every version.
+    asked = [
+        name
+        for name in StudentSettings._fields
+        if name == "rank" or len({v for c in configs for v in _values(c.get(name))}) > 1
+    ]
     words = {name: {(row.layer, row.settings.words().get(name)) for row in rows} for name in asked}
     return [name for name, found in words.items() if len(found) > len({layer for layer, _ in found})]
 

@@ -18,7 +18,7 @@ from mxd.kernels.turned import turned
 BLOCK_BYTES = {"cpu": 2**24}
 """Bytes of scores that are held at one time, by sort of device: the product is taken in blocks of rows, and each block
 is selected from while it is in the cache. On two threads of an AMD EPYC, 2**24 and 2**25 were the fastest of 2**20 …
-2**28 in float32 and bfloat16; 2**28 takes 1.6 times as long (benchmarks/kernels.py)."""
+2**28 in float32 and bfloat16; 2**28 takes 1.2 to 1.8 times as long (benchmarks/kernels.py)."""
 BLOCK_BYTES_ELSEWHERE = 2**28
 """The same where launching a kernel costs more than a cache miss: a guess, not measured yet."""
 

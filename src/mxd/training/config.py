@@ -82,8 +82,8 @@ class TrainConfig:
     """Dense encoders of an mxd, low-rank or shared-transcoder; auto takes glu where the model's MLP is gated."""
     rank: WidthChoice | tuple[WidthChoice, ...] = "auto"
     """Ranks of low-rank's experts and of molt's widest transforms; auto is a quarter of the output's width
-    for low-rank, and for molt the whole, or a half, a quarter of it and so on where only so there are twice as many
-    transforms as the largest k."""
+    for low-rank, and for molt the whole, or a half, a quarter of it and so on where only so there are 128 transforms
+    and more."""
     normalize_experts: bool | tuple[bool, ...] = True
     """Whether rows that belong to latents are kept at unit length; name both to compare."""
     shared_expert: bool | tuple[bool, ...] = False

@@ -18,9 +18,9 @@ from mxd.training.student import random_ks
 REFERENCE_WIDTH = 256
 """Input width up to which a kind's `reference_lr` holds; wider layers take theirs in inverse proportion to the width
 (docs/training.md has the sweep)."""
-LATENTS_PER_K = 2
-"""How many times the largest k there must be latents for a wider rank to be taken: with fewer, half of them and more
-would be active on a token, and a code is hardly sparse."""
+FEWEST_TRANSFORMS = 128
+"""Latents that there must be for a wider rank to be taken, of a kind whose rank the budget decides: four times the
+default k. Not of what a grid's own ks are, so that the same student is the same layer in every grid."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -166,9 +166,7 @@ def _network(config: TrainConfig, site: MlpSite, kind: str, k: int, settings: Se
         if settings.hidden == "auto" and require_kind(kind).layer.shared_penalty is not None:
             request = replace(request, d_hidden=shared_width(budget, request))
         if settings.rank == "auto" and require_kind(kind).layer.rank_by_budget:
-            # One for all ks of a grid, so that they compare.
-            rank = widest_rank(kind, budget, LATENTS_PER_K * max(config.k), request)
-            request = replace(request, rank=rank)
+            request = replace(request, rank=widest_rank(kind, budget, FEWEST_TRANSFORMS, request))
         num_latents = match_budget(kind, budget, request)
     # With l1 any number of latents may be active.
     k = num_latents if settings.selection == L1.name else k
