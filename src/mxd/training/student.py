@@ -190,13 +190,10 @@ class Student:
     ) -> tuple[SparseLayerOutput, Float[Tensor, ""]]:
         """Add these rows' gradients to those of the batch's other rows; return output and share of the batch's loss."""
         with _autocast(x, autocast):
-            code = self.network.encode_at(x, k)
-            base = self.network.base(x) if self.config.shared_penalty else None
-            prediction = self.network.decode(x, code) if base is None else self.network.carried(x, code) + base
-            output = SparseLayerOutput(prediction, code)
+            output, base = self._output(x, k)
             loss = self.loss(output, target)
             if self.config.l1_coefficient:
-                loss = loss + self.config.l1_coefficient * l1_penalty(code.values, self._lengths_of(code))
+                loss = loss + self.config.l1_coefficient * l1_penalty(output.code.values, self._lengths_of(output.code))
             if base is not None:
                 shared, aims = base.float(), target.float()
                 energy = shared_energy(shared, aims) if whole is None else shared_energy_of_part(shared, aims, whole)
@@ -210,6 +207,16 @@ class Student:
             revival.backward(inputs=self.network.latent_parameters())
             loss = loss + revival
         return output, loss.detach()
+
+    def _output(self, x: Tensor, k: int) -> tuple[SparseLayerOutput, Tensor | None]:
+        """Return the output, and what it has without any latent where that is charged for."""
+        if not self.config.shared_penalty and k == self.network.config.k:
+            return self.network(x), None
+        code = self.network.encode_at(x, k)
+        if not self.config.shared_penalty:
+            return SparseLayerOutput(self.network.decode(x, code), code), None
+        base = self.network.base(x)
+        return SparseLayerOutput(self.network.carried(x, code) + base, code), base
 
     def _lengths_of(self, code: SparseCode) -> Float[Tensor, "tokens k"]:
         lengths = self.network.latent_lengths()
