@@ -1,6 +1,7 @@
 """A frontier on other tokens or other text than a run's `evaluation.json`: that stays, and so do its pictures."""
 
 from pathlib import Path
+from typing import cast
 
 import pytest
 
@@ -8,7 +9,7 @@ from mxd.evaluation.comparison import compare_runs, frontier_folder, write_front
 from mxd.evaluation.record import read_record
 from mxd.training.config import TrainConfig
 from mxd.training.decompose import decompose, make_plan
-from tests.tiny_run import Command, TinyRun, assert_refused, change_json, copied, training, tree
+from tests.tiny_run import Command, Settings, TinyRun, assert_refused, change_json, copied, training, tree
 
 FILES = ["frontier.json", "frontier.md", "frontier.png", "frontier.svg", "report.html"]
 
@@ -79,15 +80,19 @@ def test_where_there_is_no_evaluation_one_on_fewer_tokens_is_the_runs(trained: P
     assert read_record(run / "evaluation.json").identity.tokens == 160, "what could not be read is made anew"
 
 
+def of_another_version(content: Settings) -> None:
+    content["identity"] = cast("Settings", content["identity"]) | {"metrics": -1}
+
+
 def test_what_another_version_measured_stays_and_pictures_of_other_numbers_go(drawn: Path) -> None:
     evaluation = drawn / "evaluation.json"
-    change_json(evaluation, lambda content: content["identity"].update(metrics=-1))
+    change_json(evaluation, of_another_version)
     before = evaluation.read_bytes()
     found = compare_runs([drawn], tokens=128)
     write_frontier(found, folder := frontier_folder(found, None))
     assert (evaluation.read_bytes(), folder.parent) == (before, drawn)
     (aside,) = drawn.glob("evaluation-*.json")
-    change_json(aside, lambda content: content["identity"].update(metrics=-1))
+    change_json(aside, of_another_version)
     compare_runs([drawn], tokens=128)
     assert sorted(path.name for path in folder.iterdir()) == ["frontier.png", "report.html"]
 
