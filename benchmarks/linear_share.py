@@ -103,7 +103,7 @@ def shares(plan: Plan, beside: Sequence[dict[str, object]]) -> list[Share]:
 
 
 def draw(found: Sequence[Share], subtitle: str) -> Figure:
-    with figure(6.4, 3.6, title="Where the MLP is nearly linear", subtitle=subtitle, legend=True) as drawing:
+    with figure(6.4, 3.6, title="How much of an MLP is linear", subtitle=subtitle, legend=True) as drawing:
         axes = drawing.subplots()
         places = range(len(found))
         axes.bar(places, [share.linear for share in found], width=0.7, color=GRID, label="best linear map")
